@@ -148,6 +148,7 @@ class RunConfig(Config):
     def _mistakes(self) -> Iterator[str]:
         yield from self._real_data_mistakes()
         yield from self._margin_mistakes()
+        yield from self._overlap_mistakes()
         yield from self._reward_mistakes()
         yield from self._scorer_mistakes()
 
@@ -172,6 +173,18 @@ class RunConfig(Config):
                 f"method.margin {margin} is below every score of {', '.join(above)}, which would have no effect; raise the "
                 "margin, or scale the reward like the others, for example {kind: composite, parts: [{reward: {kind: "
                 "pickscore}, std: 100}]}"
+            )
+
+    def _overlap_mistakes(self) -> Iterator[str]:
+        """DynaDG activates the fake score's adapter on the teacher's network."""
+        model = self.model
+        if not isinstance(model, DiffusersModel) or not (isinstance(self.method, DMDRConfig) and self.method.mixes):
+            return
+        if model.fake_from == "student" and model.start is not model and model.full not in ("fake", "both"):
+            yield (
+                f"method.overlap = {self.method.overlap:g} activates the fake score's adapter on the teacher, but with "
+                "model.fake_from = student it is one of the student's model; set model.fake_from = teacher, or "
+                "method.overlap = 0"
             )
 
     def _reward_mistakes(self) -> Iterator[str]:

@@ -117,10 +117,14 @@ class Gdmd(Distillation[GDMDConfig]):
         sample, gain = ranks.all_gather(own_sample, 1), ranks.all_gather(own_gain, 2)  # [R, B], [R, eta, B]
         advantage = mean_advantage(gain, torch.zeros_like(sample), self.scale.update(gain))  # [eta, B]
         r = optimality(advantage, torch.zeros_like(advantage), 1.0)
-        w = step_weight(r, self.cfg.dmd_weight, self.cfg.gamma, self.cfg.beta)
+        w = self.weight_of(r)
         target = gain + sample[:, None]  # at s = 0 the rewards of x_tar to first order
         self._stats |= optimality_stats(self.scorer.rewards, target, sample, r, w)
         return ranks.local_shard(r, 1)
+
+    def weight_of(self, r: Tensor) -> Tensor:
+        """w of each target, for the statistics: the factor of the DMD gradient in that of its loss. Any shape."""
+        return step_weight(r, self.cfg.dmd_weight, self.cfg.gamma, self.cfg.beta)
 
     def least(self, x_old: Tensor, group: Group, weights: Tensor) -> Tensor:
         """Where the sum of the eta losses is least: the mean of their minimizers. r [eta, B] -> [B, C, H, W]"""

@@ -67,10 +67,20 @@ class GdmdConstant(Gdmd):
 class GdmdIndicator(Gdmd):
     """Weight lambda 1[r > 1/2] of L_DMD, without the pull to x_old."""
 
+    def weight_of(self, r: Tensor) -> Tensor:
+        """lambda 1[r > 1/2]; lambda for an unscored target."""
+        return self.cfg.dmd_weight * torch.where(r.isnan(), 1.0, (r > 0.5).float())
+
+    def least(self, x_old: Tensor, group: Group, weights: Tensor) -> Tensor:
+        """The mean of the targets that a sample follows; x_old if it follows none. r [eta, B] -> [B, C, H, W]"""
+        w = self.weight_of(weights)[..., None, None, None]
+        total = w.sum(0)
+        mean = (w * torch.stack(group.x_tar)).sum(0) / torch.where(total > 0, total, 1)
+        return torch.where(total > 0, mean, x_old)
+
     def napo_student_loss(self, batch: NapoBatch) -> Loss:
         """lambda 1[r > 1/2] L_DMD; an unscored sample has lambda L_DMD."""
-        weight = self.cfg.dmd_weight * torch.where(batch.r.isnan(), 1.0, (batch.r > 0.5).float())
-        loss = weight * self.student_loss(batch).per_sample
+        loss = self.weight_of(batch.r) * self.student_loss(batch).per_sample
         return Loss(loss, {"loss/student": loss.detach()})
 
 

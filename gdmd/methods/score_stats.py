@@ -46,6 +46,7 @@ def optimality_stats(
 ) -> dict[str, Tensor]:
     """Scores [R, ..., B] of targets against those of their samples [R, B], and what follows: r and w, each [..., B]."""
     scored = ~r.isnan()
+    count = scored.float().sum()
     gain = scores - sample.reshape(len(sample), *(1,) * (scores.ndim - 2), -1)
     stats = target_stats(rewards, scores, ~scored) | {
         "reward/sample": sample.nanmean(),
@@ -53,11 +54,11 @@ def optimality_stats(
         "weight/mean": weight.nanmean(),
         "weight/r_mean": r.nanmean(),
         "weight/r_std": torch.where(scored, r, r.nanmean()).std(),
-        "weight/share_below_half": ((r < 0.5) & scored).float().sum() / scored.float().sum(),
-        "weight/share_clipped": ((r <= 0) | (r >= 1)).float().mean(),
+        "weight/share_below_half": (r < 0.5).float().sum() / count,
+        "weight/share_clipped": ((r <= 0) | (r >= 1)).float().sum() / count,
     }
     stats |= {f"reward/{reward.name}/sample": sample[k].nanmean() for k, reward in enumerate(rewards)}
     for k in range(10):
         inside = (r >= k / 10) & ((r < (k + 1) / 10) | (k == 9))
-        stats[f"histogram/r_{k}"] = inside.float().mean()
+        stats[f"histogram/r_{k}"] = inside.float().sum() / count
     return stats

@@ -57,6 +57,8 @@ FAMILIES: tuple[type[Family], ...] = (
 )
 EXTRA_LIBRARIES = {"PixtralProcessor": "torchvision", "Qwen3VLProcessor": "torchvision"}
 """Classes of transformers that need another library (the tokenizers of FLUX.2-dev and Qwen-Image-2.1)."""
+FUSED = {"to_qkv", "to_kv", "to_added_qkv"}
+"""Layers that diffusers' fuse_qkv_projections() adds; unfuse_qkv_projections() leaves them in some networks."""
 
 
 def open_family(
@@ -114,7 +116,8 @@ def open_family(
 def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
     """A pipeline that is already open as a Family. Its networks are frozen and moved to ``device``.
 
-    ValueError for a class without a family, a missing component, a LoRA that is not fused, and a dtype other than cfg.dtype.
+    ValueError for a class without a family, a missing component, a LoRA that is not fused, projections that are, FreeU,
+    and a dtype other than cfg.dtype.
     """
     require_diffusers()
     ours = {"student", "fake", "old"}  # of an earlier training on the same pipeline: replaced by new ones
@@ -142,6 +145,16 @@ def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
     fit_limits(pipe, lambda encoder: None)
     opened = family(pipe, cfg)
     remove_adapters(opened.net)
+    if fused := sorted(FUSED & {name.rpartition(".")[2] for name, _ in opened.net.named_modules()}):
+        raise ValueError(
+            f"the denoiser of the given {family.pipeline} has fused projections ({', '.join(fused)}), and adapters on to_q, "
+            "to_k and to_v would do nothing; load the pipeline again, without fuse_qkv_projections()"
+        )
+    if any(getattr(block, "b1", None) is not None for block in getattr(opened.net, "up_blocks", ())):
+        raise ValueError(
+            f"the given {family.pipeline} has FreeU on, which full copies and exported students would not have; call "
+            "disable_freeu() on it"
+        )
     opened.check_sizes()
     if (got := network_dtype(opened.net)) != DTYPES[cfg.dtype]:
         raise ValueError(

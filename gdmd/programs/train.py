@@ -18,10 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from gdmd.config.describe import counted, length, student
+from gdmd.config.methods.dmdr import DMDRConfig
 from gdmd.config.methods.gdmd_tilted import TiltedGDMDConfig
 from gdmd.config.metric_keys import check_best_metric
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RewardConfig, RunConfig
+from gdmd.config.too_short import too_short
 from gdmd.data.prompt_files import teacher_prompt
 from gdmd.data.prompts import read_prompts
 from gdmd.data.text_cache import CachedText
@@ -237,6 +239,7 @@ def _check_without_loading(
     all_errors(
         *((check,) if check else ()),
         lambda: settings.context.size == 1 or check_equal_calls(cfg, stop - start),
+        lambda: check_mixture(cfg, settings.context.size),
         lambda: pick_device(settings.device),
         lambda: check_best_metric(cfg),
         lambda: check_prompts(cfg, settings),
@@ -267,6 +270,17 @@ def check_equal_calls(cfg: RunConfig, samples: int, *, row_by_row: bool = False)
         "each, would call the sharded student unequally often and wait for each other forever; set "
         f"method.step_draw=batch{cure}"
     )
+
+
+def check_mixture(cfg: RunConfig, ranks: int) -> None:
+    """ValueError if several ranks shard a fake score that is mixed with the teacher, weight by weight."""
+    whole = not isinstance(cfg.model, DiffusersModel) or cfg.model.full in ("fake", "both")
+    sharded = ranks > 1 and whole and cfg.loop.sharding != "none"
+    if isinstance(cfg.method, DMDRConfig) and cfg.method.mixes and sharded:
+        raise ValueError(
+            f"loop.sharding = {cfg.loop.sharding}, and a sharded fake score cannot be mixed with the teacher "
+            f"(method.overlap = {cfg.method.overlap:g}); set method.overlap=0 or loop.sharding=none"
+        )
 
 
 def _try_rewards(
@@ -348,6 +362,8 @@ def run_training(cfg: RunConfig, run: Run, components: Components, settings: Tra
     context, console = settings.context, settings.console
     settings.say(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name)
     settings.say(f"{student(cfg)}; {length(cfg)}")
+    for message in too_short(cfg):
+        settings.say(f"warning: {message}")
     settings.say(f"run folder {run.path}")
     with phase("checking the inputs and the decoder", console, plain=False):
         # also after a resume: hub ids are resolved by now

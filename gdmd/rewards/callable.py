@@ -103,7 +103,8 @@ class CallableReward(RewardModel):
         if images._version != before:
             raise self.modified()
         scores = _numbers(self._shown, answer)
-        if images.requires_grad and self.differentiable and not scores.requires_grad:
+        wanted = torch.is_grad_enabled() and images.requires_grad  # another reward may have set requires_grad itself
+        if wanted and self.differentiable and not scores.requires_grad:
             raise self.without_gradient()
         if scores.shape != (len(images),):
             raise ValueError(
@@ -225,14 +226,24 @@ def _numbers(shown: str, answer: Any) -> Tensor:
     """The scores that a function returned, as fp32."""
     try:
         if isinstance(answer, (list, tuple)):
-            answer = [math.nan if one is None else one for one in answer]
+            answer = _stacked([math.nan if one is None else one for one in answer])
         elif isinstance(answer, np.ndarray) and answer.dtype.kind not in "USc":
-            answer = answer.astype(np.float32)  # a copy: the array may be read-only; None becomes NaN
+            # a copy: the array may be read-only; None and masked entries become NaN
+            answer = np.ma.filled(answer.astype(np.float32), np.nan)
         if isinstance(answer, Tensor) and (answer.is_complex() or answer.is_meta):
             raise TypeError("complex numbers" if answer.is_complex() else "on the meta device, without values")
         return torch.as_tensor(answer, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(
             f"{shown} returned {type(answer).__name__} ({str(error)[:100]}); return one number per image, as a tensor "
             "[B] or a list, NaN or None for an image without a score"
         ) from error
+
+
+def _stacked(entries: list[Any]) -> Any:
+    """A list with tensors of one number as one tensor [B], which has their gradient; any other list as it is."""
+    tensors = [one for one in entries if isinstance(one, Tensor)]
+    if not tensors:
+        return entries
+    place = tensors[0].device
+    return torch.stack([torch.as_tensor(one, dtype=torch.float32, device=place).reshape(()) for one in entries])

@@ -49,6 +49,10 @@ class Composite(RewardModel):
             raise ValueError(
                 f"a composite reward needs weights and stds above 0; got {[(p.weight, p.std) for p in parts]}"
             )
+        if nested := [part.reward.name for part in parts if isinstance(part.reward, Composite)]:
+            raise ValueError(
+                f"a composite reward cannot be a part of another, got {', '.join(nested)}; give its own parts instead"
+            )
         self.name, self.parts = name, tuple(parts)
         self.differentiable = all(part.reward.differentiable for part in parts)
         self._totals: dict[str, Tensor] = {}  # sum and number of the scores since the last stats()

@@ -225,8 +225,8 @@ class _Trainer:
                 for update in self.method.iteration(step, prompts, rng):
                     self.means.add(self.states[update.role].apply(update, self._lr_factor(step)))
         except NonFiniteError as error:
-            raise self._explained(error, step, prompts) from error
-        self._check_skipped(step)
+            raise self._explained(error, step + 1, prompts) from error
+        self._check_skipped(step + 1)
         self.means.add({**self.hooks.stats(), **self.method.stats()})
         self._images += len(prompts) * self.context.size
 

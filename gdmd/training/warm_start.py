@@ -160,8 +160,9 @@ def _scale(config: Mapping[str, Any]) -> float:
 
 def _notes(before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Differences that are allowed, although they change the student or its images."""
-    method = (("method", "student_steps"), ("method", "student_sampler"))
-    keys = (("model", "lora_alpha"), ("model", "path"), ("model", "dtype"), *method)
+    model = ("lora_alpha", "path", "dtype", "quantization", "embedded_guidance", "max_tokens", "t5")
+    method = ("student_steps", "student_sampler")
+    keys = (*(("model", key) for key in model), *(("method", key) for key in method))
     notes = []
     for section, key in keys:
         if key == "lora_alpha" and config.get("model", {}).get("full") == "both":  # no adapters

@@ -26,12 +26,15 @@ from tiny_roles import (
 )
 from torch import Tensor
 
+from gdmd.config.load import ConfigError
 from gdmd.config.methods.dmdr import DMDRConfig
 from gdmd.diffusion.dmdr_schedules import beta_quantile
 from gdmd.diffusion.sampling import few_step_sample
 from gdmd.diffusion.stochastic_sampling import cps_log_prob, cps_mean
 from gdmd.methods.dmdr import Dmdr
 from gdmd.methods.preference_pairs import extremes
+from gdmd.programs.train import check_mixture
+from gdmd.recipes.read import read_recipe
 from gdmd.shapes.roles import LATENT_SHAPE, ShapesRoles
 from gdmd.types import PromptBatch, Reward, Update
 
@@ -319,3 +322,16 @@ def test_what_a_recipe_must_say_follows_from_the_options() -> None:
         DMDRConfig(strategy="grpo", student_steps=(1.0,))
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         DMDRConfig(beta_a=0.5)
+
+
+def test_a_mixture_that_is_not_possible_is_refused_before_anything_is_loaded() -> None:
+    words = ("prompts.file=p.txt", "model.student_lora=few.safetensors", "model.fake_from=student")
+    with pytest.raises(ConfigError, match="method.overlap = 0.25 activates the fake score's adapter on the teacher"):
+        read_recipe("sdxl_dmdr", words)
+    for possible in ("method.overlap=0", "method.anneal=0", "model.full=fake", "model.fake_from=teacher"):
+        read_recipe("sdxl_dmdr", (*words, possible))
+    with pytest.raises(ValueError, match="loop.sharding = full, and a sharded fake score cannot be mixed"):
+        check_mixture(read_recipe("dmdr", ("loop.sharding=full",)), 2)
+    check_mixture(read_recipe("dmdr", ("loop.sharding=full",)), 1)
+    check_mixture(read_recipe("dmdr", ("loop.sharding=full", "method.overlap=0")), 2)
+    check_mixture(read_recipe("sdxl_dmdr", ("loop.sharding=full", words[0])), 2)  # adapters are never sharded

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from tiny_roles import Toy, dmd, gdmd, prompts, same, tilted, tiny_roles, train, updates
+from tiny_roles import Toy, dmd, gdmd, make, prompts, same, tilted, tiny_roles, train, updates
 from torch import Tensor
 
 from gdmd.methods.base import Constructed
 from gdmd.methods.gains import gains_hook
-from gdmd.methods.score_stats import group_spread
+from gdmd.methods.score_stats import group_spread, optimality_stats
 from gdmd.types import Cond, Prediction
 
 
@@ -49,10 +49,13 @@ def test_gains_in_units_of_z(monkeypatch: pytest.MonkeyPatch, make_method: type)
     assert found["gain/realized"] == pytest.approx((0.06 / 0.5 + 0.6 / 2.0) / 2, rel=1e-4)
 
 
-def test_target_of_algorithm_1_is_where_its_losses_are_least() -> None:
+@pytest.mark.parametrize("kind", ["gdmd", "constant", "shuffled", "indicator"])
+def test_target_of_algorithm_1_is_where_its_losses_are_least(kind: str) -> None:
     """The mean gradient of the eta student losses with respect to x0 is 0 there, also with an EMA old policy."""
     roles = tiny_roles()
-    method = gdmd(roles, gamma=0.7, beta=0.8, dmd_weight=0.9, old_policy="ema", scored_step=1.0)
+    own = {"kind": "gdmd"} if kind == "gdmd" else {"kind": "gdmd_ablation", "control": kind}
+    options = {"gamma": 0.7, "beta": 0.8, "dmd_weight": 0.9, "old_policy": "ema", "scored_step": 1.0, "group_size": 3}
+    method = make(roles=roles, **own, **options)
     batches = [update for update in updates(method, roles) if update.role == "student"]
     x0 = method.constructed.x_tar.clone().requires_grad_()
     losses = []
@@ -110,3 +113,10 @@ def test_one_target_has_no_spread() -> None:
     method = tilted(roles, group_size=1)
     train(method, roles, 1)
     assert "reward/group_share" in method.stats()
+
+
+def test_shares_of_r_are_those_of_scored_targets() -> None:
+    r = torch.tensor([[0.0, 1.0, 0.3, 0.7, torch.nan, torch.nan, torch.nan, torch.nan]])
+    stats = optimality_stats([Toy()], torch.zeros(1, 1, 8), torch.zeros(1, 8), r, r)
+    assert stats["weight/share_below_half"] == stats["weight/share_clipped"] == 0.5
+    assert [stats[f"histogram/r_{k}"].item() for k in range(10)] == [0.25, 0, 0, 0.25, 0, 0, 0, 0.25, 0, 0.25]

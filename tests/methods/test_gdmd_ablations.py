@@ -48,12 +48,14 @@ def test_constant_r_leaves_unscored_samples_out() -> None:
 
 def test_indicator_keeps_improving_targets_only() -> None:
     """Their weight is lambda, that of L_DMD."""
-    roles = tiny_roles()
+    roles, kept = tiny_roles(), []
     method = make("gdmd_ablation", roles, Toy(unscored=(3,)), group_size=3, control="indicator", dmd_weight=2.0)
     for update in updates(method, roles, role="student"):
         batch = update.batch
         keep = torch.where(batch.r.isnan(), True, batch.r > 0.5)
         assert torch.equal(update.loss(batch).per_sample, 2.0 * keep * plain_dmd(roles, batch))
+        kept.append(keep)
+    assert method.stats()["weight/mean"] == 2.0 * torch.stack(kept).float().mean()
 
 
 def test_shuffled_tilt_keeps_the_rollouts() -> None:
@@ -92,6 +94,21 @@ def test_one_sample_cannot_exchange_gradients() -> None:
     with pytest.raises(ConfigError, match="the reward gradient of another, and loop.batch_size is 1; give 2 or more"):
         read_recipe("shapes_gdmd", words)
     assert read_recipe("shapes_gdmd", [words[0], words[2]]).loop.batch_size == 1  # scores are shuffled over the group
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("gdmd", {"gamma": 0}, "dmd_weight 0 and gamma 0 leave the student no loss"),
+        ("gdmd_ablation", {"control": "indicator"}, "'indicator' has no loss but L_DMD, whose dmd_weight is 0"),
+        ("gdmd_tilted", {}, "dmd_weight"),
+    ],
+)
+def test_a_student_without_a_loss_is_refused(kind: str, options: dict[str, Any], message: str) -> None:
+    """AdamW would train on with a gradient of 0."""
+    make(kind, tiny_roles(), **options)
+    with pytest.raises(ValidationError, match=message):
+        make(kind, tiny_roles(), dmd_weight=0, **options)
 
 
 @pytest.mark.parametrize(("kind", "message"), [

@@ -23,6 +23,7 @@ from gdmd.models import vae
 from gdmd.models.families.base import Family
 from gdmd.models.loading import LazyTextEncoder, open_family
 from gdmd.models.packing import in_patches, pack, unpack
+from gdmd.models.roles import DiffusersRoles
 from gdmd.types import Cond, Prediction
 
 STEPS = 4
@@ -97,6 +98,17 @@ def test_krea2_reads_the_time_in_its_dtype(folders: Path) -> None:
     ours = ode_sample(Guided(teacher(family), 3.0, null, family.guide), noise, path, cond, family.schedule)
     stocks = stock(family, noise.bfloat16(), "latent").float()
     assert (ours - stocks).norm() < 0.01 * stocks.norm()
+
+
+@pytest.mark.parametrize("name", tiny.BUILD)
+def test_full_copy_in_bf16_starts_as_the_teacher(folders: Path, name: str) -> None:
+    """Autocast rounds a little less inside the blocks; time and embedded guidance are what the teacher reads."""
+    roles = DiffusersRoles(opened(folders, name, dtype="bf16", full="fake"))
+    x_t, t = torch.randn(6, *roles.family.latent_shape), torch.linspace(0.95, 0.05, 6)
+    cond = roles.family.encoder.encode(CAPTIONS[:1] * 6)
+    with torch.no_grad():
+        teachers, copies = roles.teacher(x_t, t, cond).velocity, roles.fake(x_t, t, cond).velocity
+    assert (copies - teachers).norm() < 0.01 * teachers.norm()
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2_klein", "krea2", "qwen_image", "z_image"])

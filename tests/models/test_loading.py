@@ -389,6 +389,27 @@ def test_open_pipeline_with_a_lora_is_refused_until_it_is_fused(copied: Callable
     assert adopt(pipe, tiny.config(folder)).name == "sd15", "a second training on the same pipeline"
 
 
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_open_pipeline_with_fused_projections_is_refused(name: str, copied: Callable[[str], Path]) -> None:
+    """Its attention no longer calls to_q, to_k and to_v, whose adapters would never be trained."""
+    folder = copied(name)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    (pipe.components.get("unet") or pipe.transformer).fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"has fused projections \(.*to_qkv\), .* without fuse_qkv_projections"):
+        adopt(pipe, tiny.config(folder))
+
+
+def test_open_pipeline_with_freeu_is_refused(copied: Callable[[str], Path]) -> None:
+    """It is a setting of the module, which neither a full copy nor an exported student has."""
+    folder = copied("sd15")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    with pytest.raises(ValueError, match=r"StableDiffusionPipeline has FreeU on.* call disable_freeu\(\)"):
+        adopt(pipe, tiny.config(folder))
+    pipe.disable_freeu()
+    assert adopt(pipe, tiny.config(folder)).name == "sd15"
+
+
 def test_loading_is_pinned(copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
 

@@ -463,6 +463,20 @@ def test_lcm_unet_reads_the_embedded_guidance(folders: Path, tmp_path: Path) -> 
         networks_of(dmd_recipe(tmp_path / "lcm-like", prompts))
 
 
+def test_lcm_unet_in_its_default_precision(tmp_path: Path) -> None:
+    """The embedded guidance is cast to the weights' bf16: the two precisions differ by rounding."""
+    torch.manual_seed(0)
+    pipe = tiny.sd15()
+    pipe.register_modules(unet=tiny.unet(16, time_cond_proj_dim=9))
+    pipe.save_pretrained(tmp_path / "lcm-like")
+    found = []
+    for dtype in ("fp32", "bf16"):
+        family = open_family(tiny.config(tmp_path / "lcm-like", dtype=dtype))
+        noise = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(1))
+        found.append(family.predict(family.net, noise, torch.full((2,), 0.8), family.encoder.encode(["a", "b"])).eps)
+    assert (found[0] - found[1]).abs().max() < 0.05 * found[0].abs().max()
+
+
 def test_inpainting_unet(folders: Path, tmp_path: Path) -> None:
     pipe = tiny.sd15()
     pipe.register_modules(unet=tiny.unet(16, in_channels=9))

@@ -157,3 +157,5 @@ def test_composite_with_unscored_images() -> None:
         Composite([Part(half), Part(half)])
     with pytest.raises(ValueError, match="weights and stds above 0"):
         Composite([Part(half, std=0.0)])
+    with pytest.raises(ValueError, match="cannot be a part of another, got inner; give its own parts instead"):
+        Composite([Part(Composite([Part(half)], name="inner")), Part(half)])

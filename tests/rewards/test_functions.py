@@ -57,10 +57,10 @@ def test_one_number_per_image_in_any_form(given: Any) -> None:
     assert scores.tolist() == [1, 2] and scores.dtype == torch.float32
 
 
-@pytest.mark.parametrize("missing", [None, float("nan")])
-def test_an_image_without_a_score(missing: Any) -> None:
+@pytest.mark.parametrize("given", [[None, 2], [float("nan"), 2], np.ma.array([1, 2], mask=[True, False])], ids=str)
+def test_an_image_without_a_score(given: Any) -> None:
     def function(images: Any, prompts: Any) -> Any:
-        return [missing, 2]
+        return given
 
     assert score(function).isnan().tolist() == [True, False]
 
@@ -112,6 +112,35 @@ class Counting:
     def __call__(self, images: Tensor, prompts: Any) -> Tensor:
         self.calls += 1
         return images.mean((1, 2, 3))
+
+
+def test_a_list_of_tensors_has_their_gradient() -> None:
+    def one_by_one(images: Tensor, prompts: Any) -> list[Any]:
+        return [images[0].double().mean(), None]
+
+    images = IMAGES.clone().requires_grad_()
+    scores = CallableReward(one_by_one, differentiable=True).score(images, PROMPTS)
+    assert scores.isnan().tolist() == [False, True]
+    (slope,) = torch.autograd.grad(scores.nansum(), images)
+    torch.testing.assert_close(slope[0], torch.full_like(slope[0], 1 / slope[0].numel()))
+
+
+def test_a_function_may_compute_a_gradient_of_its_own() -> None:
+    """... of the images it gets, which other rewards score after it."""
+
+    def sharpness(images: Tensor, prompts: Any) -> Tensor:
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(images.requires_grad_().square().sum(), images)
+        return slope.mean((1, 2, 3))
+
+    def brightness(images: Tensor, prompts: Any) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    images = IMAGES.clone()
+    with torch.no_grad():
+        slope = CallableReward(sharpness).score(images, PROMPTS)
+        mean = CallableReward(brightness, differentiable=True).score(images, PROMPTS)
+    torch.testing.assert_close(slope, 2 * mean)
 
 
 CLASSES = """class Warm:

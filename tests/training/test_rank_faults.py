@@ -112,7 +112,7 @@ def test_nonfinite_loss_on_one_rank(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     ended = two(tmp_path / "stop", poison=poison)
     assert codes(ended) == [3, 3]
-    assert "step 6, sample(s) [6]: the loss of 1 sample(s) of the fake is not finite" in ended[0].said
+    assert "step 7, sample(s) [6]: the loss of 1 sample(s) of the fake is not finite" in ended[0].said
     assert "step_000005" in ended[0].said and ended[1].said == ""
     assert steps(tmp_path / "stop") == [5]
 

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from toy_training import Toy, toy_config
 
 from gdmd.runs import checkpoint
+from gdmd.runs.run_folder import create
 from gdmd.shapes.networks import ShapesDit
 from gdmd.shapes.roles import ShapesRoles
 from gdmd.training.distributed import SINGLE_PROCESS
@@ -107,6 +108,20 @@ def test_adapters_of_an_unknown_run_are_not_scaled(tmp_path: Path) -> None:
     states = {role: RoleState(role, own[role], RoleOptimizer(own[role], 1e-3)) for role in roles}
     warm_start(str(tmp_path / "run"), states, SINGLE_PROCESS, {"model": {"lora_rank": 4, "lora_alpha": 8.0}})
     assert all(torch.equal(weights[name], saved) for weights in own.values())
+
+
+def test_differences_that_change_the_images_are_told(tmp_path: Path) -> None:
+    run = create(tmp_path / "run", {"model": {"path": "a", "embedded_guidance": 3.5, "t5": True, "max_tokens": 0}})
+    roles: tuple[Role, ...] = ("student", "fake")
+    checkpoint.save(run.checkpoints, 1, {role: {"w": torch.ones(1)} for role in roles}, {})
+    own = {role: {"w": Parameter(torch.zeros(1))} for role in roles}
+    states = {role: RoleState(role, own[role], RoleOptimizer(own[role], 1e-3)) for role in roles}
+    config = {"model": {"path": "a", "embedded_guidance": 1.0, "t5": False, "max_tokens": 0}}
+    _, *notes = warm_start(str(run.path), states, SINGLE_PROCESS, config).split("\n")
+    assert notes == [
+        "model.embedded_guidance was 3.5 there and is 1.0 here",
+        "model.t5 was True there and is False here",
+    ]
 
 
 @pytest.mark.parametrize(("exists", "message"), [(False, "does not exist"), (True, "has no checkpoint")])

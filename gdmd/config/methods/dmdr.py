@@ -101,6 +101,11 @@ class DMDRConfig(BaselineConfig):
         return self.renoise_x0 and self.student_sampler == "renoise"
 
     @property
+    def mixes(self) -> bool:
+        """Whether the real score is ever mixed with the fake score."""
+        return self.overlap > 0 and self.anneal > 0
+
+    @property
     def rewarded(self) -> bool:
         """Whether any loss needs a reward."""
         return self.rl_weight > 0 or (self.tilt > 0 and self.cold_start > 0)

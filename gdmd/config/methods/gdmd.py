@@ -42,6 +42,11 @@ class GDMDConfig(DistillationConfig):
     def _removed(cls, given: Any) -> Any:
         return refuse_removed(given, cls.model_fields)
 
+    def _mistakes(self) -> Iterator[str]:
+        yield from super()._mistakes()
+        if self.dmd_weight == self.gamma == 0:
+            yield "dmd_weight 0 and gamma 0 leave the student no loss; set one of them above 0"
+
     @property
     def rewarded(self) -> bool:
         """Whether targets are scored."""
@@ -64,3 +69,5 @@ class GDMDAblationConfig(GDMDConfig):
             yield (
                 f"control {self.control!r} changes r, which gamma = 0 does not use; set gamma > 0, or use kind: gdmd"
             )
+        if self.control == "indicator" and self.dmd_weight == 0:
+            yield "control 'indicator' has no loss but L_DMD, whose dmd_weight is 0; set dmd_weight > 0"

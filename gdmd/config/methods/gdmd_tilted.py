@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from gdmd.config.base import Count, NonNegative
+from gdmd.config.base import Count, NonNegative, Positive
 from gdmd.config.methods.base import DistillationConfig, GroupSize
 from gdmd.config.methods.removed import refuse_removed
 
@@ -46,7 +46,7 @@ class TiltedGDMDConfig(DistillationConfig):
         "rewards are black boxes. It weights mean R / Z relative to the mean square of L_DMD; needs differentiable rewards. "
         "Unused at gamma 0.",
     )
-    dmd_weight: NonNegative = Field(default=1.0, description="Weight of the loss.")
+    dmd_weight: Positive = Field(default=1.0, description="Weight of the loss.")
 
     @model_validator(mode="before")
     @classmethod

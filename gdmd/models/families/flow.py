@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from gdmd.config.model import DiffusersModel
+from gdmd.diffusion.device import DTYPES
 from gdmd.diffusion.schedule import FlowSchedule, from_velocity
 from gdmd.models.families.base import Family
 from gdmd.models.packing import unpack
@@ -61,6 +62,10 @@ class FlowFamily(Family):
     def network_time(self, t: Tensor) -> Tensor:
         """The pipeline's timestep / 1000: t itself for num_train_timesteps = 1000."""
         return t * (self.settings.train_steps / 1000)
+
+    def rounded(self, number: Tensor) -> Tensor:
+        """In the dtype of the frozen weights: what a network reads that rounds its input, also for its fp32 copies."""
+        return number.to(DTYPES[self.cfg.dtype])
 
     def mu(self, steps: int) -> float | None:
         """mu of dynamic shifting for ``steps`` steps; None = linear in the image tokens, between the scheduler's shifts."""

@@ -59,13 +59,19 @@ class Flux2(FlowFamily):
         embeds = cond["embeds"].to(dtype)
         return net(
             hidden_states=pack(x_t).to(dtype),
-            timestep=self.network_time(t),
-            guidance=torch.full_like(t, self.cfg.embedded_guidance, dtype=torch.float32) if guided else None,
+            timestep=self._scaled(self.network_time(t), dtype),
+            guidance=self._scaled(torch.full_like(t, self.cfg.embedded_guidance), dtype) if guided else None,
             encoder_hidden_states=embeds,
             txt_ids=_positions(1, 1, embeds.shape[1], x_t.device),
             img_ids=_positions(height // 2, width // 2, 1, x_t.device),
             return_dict=False,
         )[0]
+
+    def _scaled(self, number: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the network reads, which it multiplies by 1000 in its own dtype. A full copy, in fp32, gets a number whose
+        product is that of the frozen weights' dtype: at step 0 it equals the frozen network."""
+        narrow = self.rounded(number)
+        return number if narrow.dtype == dtype else (narrow * 1000).float() / 1000
 
     def blank_text(self, count: int) -> Cond:
         width = self.pipe.transformer.config.joint_attention_dim

@@ -60,7 +60,7 @@ class Krea2(FlowFamily):
         return net(
             hidden_states=pack(x_t).to(dtype),
             encoder_hidden_states=embeds,
-            timestep=self.network_time(t).to(dtype),  # the network does not round it, its pipeline does
+            timestep=self.rounded(self.network_time(t)),  # the network does not round it, its pipeline does
             position_ids=_positions(embeds.shape[1], height // 2, width // 2, x_t.device),
             encoder_attention_mask=cond["mask"],
             return_dict=False,

@@ -30,8 +30,8 @@ class Sd15(UnetFamily):
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Any:
         dtype = network_dtype(net)
-        steps, embeds, guidance = self.timesteps.network_step(t), cond["embeds"].to(dtype), self.guidance_input(t)
-        return net(x_t.to(dtype), steps, embeds, timestep_cond=guidance, return_dict=False)[0]
+        steps, guidance = self.timesteps.network_step(t), self.guidance_input(t, dtype)
+        return net(x_t.to(dtype), steps, cond["embeds"].to(dtype), timestep_cond=guidance, return_dict=False)[0]
 
     def blank_text(self, count: int) -> Cond:
         return {"embeds": self._blank(count, 77, int(self.pipe.unet.config.cross_attention_dim))}

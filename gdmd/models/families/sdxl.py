@@ -43,7 +43,7 @@ class Sdxl(UnetFamily):
             x_t.to(dtype),
             self.timesteps.network_step(t),  # 999 t
             encoder_hidden_states=cond["embeds"].to(dtype),
-            timestep_cond=self.guidance_input(t),
+            timestep_cond=self.guidance_input(t, dtype),
             added_cond_kwargs={"text_embeds": cond["pooled"].to(dtype), "time_ids": time_ids},
             return_dict=False,
         )[0]

@@ -55,8 +55,11 @@ class UnetFamily(Family):
     def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
         return from_native(output, self.native, x_t, t, self.schedule)
 
-    def guidance_input(self, t: Tensor) -> Tensor | None:
-        """An LCM's embedded guidance (arXiv 2310.04378): sines and cosines of 1000 (guidance - 1). [B, D], or None"""
+    def guidance_input(self, t: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """An LCM's embedded guidance (arXiv 2310.04378): sines and cosines of 1000 (guidance - 1). [B, D], or None
+
+        Computed in fp32; dtype: the network's.
+        """
         width = self.pipe.unet.config.time_cond_proj_dim
         if width is None:
             return None
@@ -64,7 +67,7 @@ class UnetFamily(Family):
         rates = torch.exp(torch.arange(half, device=t.device) * -(math.log(10000.0) / (half - 1)))
         angles = 1000 * (self.cfg.embedded_guidance - 1) * rates
         row = nn.functional.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))
-        return row.expand(len(t), -1)
+        return row.to(dtype).expand(len(t), -1)
 
     def student_scheduler(self, sampler: StudentSampler) -> str:
         return "LCMScheduler" if sampler == "renoise" else "DPMSolverMultistepScheduler"
