@@ -109,6 +109,8 @@ def _of_dmdr(method: DMDRConfig, samples: tuple[str, ...]) -> Iterator[str]:
         yield from ("weight/tilt", "reward/complete")
     if method.rl_weight > 0:
         yield "loss/rl"
+        if method.strategy == "refl":
+            yield from ("reward/sample", "reward/unscored", *samples)
         if method.strategy == "grpo":
             yield from (*_COLLECTED, *samples)
         if method.strategy == "dpo":

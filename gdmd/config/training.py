@@ -160,8 +160,8 @@ class LoopConfig(Config):
     def _mistakes(self) -> Iterator[str]:
         if self.micro_batch and self.batch_size % self.micro_batch:
             yield (
-                f"micro_batch = {self.micro_batch} does not divide batch_size = {self.batch_size}: the parts would be "
-                f"unequal and the mean over samples wrong. Use 0 (whole batch) or a divisor of {self.batch_size}."
+                f"micro_batch = {self.micro_batch} does not divide batch_size = {self.batch_size} into equal parts; use 0 "
+                f"(whole batch) or a divisor of {self.batch_size}"
             )
         if self.optimizer == "adamw8bit" and self.sharding != "none":
             yield (

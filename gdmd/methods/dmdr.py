@@ -38,6 +38,7 @@ from gdmd.methods.baseline import Baseline
 from gdmd.methods.dmd_refl import RewardedBatch
 from gdmd.methods.preference_pairs import PreferencePairs, preference_loss, preference_pairs
 from gdmd.methods.rollouts import PolicyBatch, collect, collection_stats, policy_batch, step_log_prob
+from gdmd.methods.score_stats import sample_stats
 from gdmd.methods.scorer import Scorer
 from gdmd.types import Denoiser, Loss, PromptBatch, Update
 
@@ -161,8 +162,9 @@ class Dmdr(Baseline[DMDRConfig]):
     def refl_student_loss(self, batch: RewardedBatch) -> Loss:
         """L_DMD + lambda_rl mean_k relu(m - R_k(D(x0))): through reward and decoder into the one student step."""
         x0 = self.roles.student(batch.x_tau, batch.tau, batch.cond).x0
-        refl, _ = self.scorer.with_gradient(x0, batch.prompts, partial(mean_refl_loss, margin=self.cfg.margin))
-        return self._joined(dmd_loss(x0, batch.x_tar), refl)
+        refl, scores = self.scorer.with_gradient(x0, batch.prompts, partial(mean_refl_loss, margin=self.cfg.margin))
+        loss = self._joined(dmd_loss(x0, batch.x_tar), refl)
+        return replace(loss, stats={**loss.stats, **sample_stats(self.scorer.rewards, scores.detach())})
 
     def grpo_student_loss(self, batch: PolicyBatch) -> Loss:
         """L_DMD + lambda_rl L_GRPO, mean over the moves of a stochastic rollout; an unscored sample has L_DMD only."""

@@ -138,8 +138,8 @@ def test_bad_overrides(gdmd: Gdmd, override: str, message: str) -> None:
         (["rewards=[]"], "shapes_smoke.yaml: method gdmd reads rewards and needs at least one under `rewards`"),
         (
             ["loop.batch_size=10", "loop.micro_batch=3"],
-            "shapes_smoke.yaml: loop: micro_batch = 3 does not divide batch_size = 10: the parts would be unequal and the "
-            "mean over samples wrong. Use 0 (whole batch) or a divisor of 10.",
+            "shapes_smoke.yaml: loop: micro_batch = 3 does not divide batch_size = 10 into equal parts; use 0 (whole "
+            "batch) or a divisor of 10",
         ),
         (
             ["rewards=[{kind:"],

@@ -195,7 +195,9 @@ def test_refl_adds_the_weighted_hinge() -> None:
     shown = torch.sigmoid(x0[:, :2]).mean((2, 3))
     hinge = ((0.8 - shown[:, 0]).relu() + (0.8 - 3 * shown[:, 1]).relu()) / 2
     wanted = plain_dmd(roles, update.batch) + 1.2 * hinge
-    torch.testing.assert_close(update.loss(update.batch).per_sample, wanted)
+    loss = update.loss(update.batch)
+    torch.testing.assert_close(loss.per_sample, wanted)
+    torch.testing.assert_close(loss.stats["reward/other/sample"], 3 * shown[:, 1].detach())
     for own, other in zip(gradients(update, roles), gradients(update, roles, wanted), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
 
