@@ -119,7 +119,9 @@ def goals(lines: Sequence[Line], captions: Captions) -> list[Goal]:
         wanted.append((f"GDMD {name} / teacher with {most} NFE", _share, longer, teacher, LONGER_OF_TEACHER))
         for method, title in _BASELINES.items():
             same = [row for row in _rows(lines, method, "lora") if _updates(row) == updates]
-            wanted += [(f"GDMD {name} - {title} {name}", np.subtract, longer, row, OVER_DMD) for row in same]
+            for row in same:
+                which = f" ({next(iter(row.values()))['method']})" if len(same) > 1 else ""
+                wanted.append((f"GDMD {name} - {title} {name}{which}", np.subtract, longer, row, OVER_DMD))
     found = [(text, captions.compare(how, a, b), target, how) for text, how, a, b, target in wanted]
     return [Goal(text, one, target, how is _share) for text, one, target, how in found if one]
 

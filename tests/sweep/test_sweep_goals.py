@@ -60,12 +60,16 @@ def test_a_longer_training_should_reach_its_teacher() -> None:
     students = [trained("gdmd_lora", 5, 250), trained("dmd_lora", 4, 250), trained("gdmd_lora", 7, 600)]
     students += [trained("dmd_lora", 5, 600), trained("algorithm_1_lora", 6, 600), trained("dmd_refl_lora", 4, 250)]
     found = every_goal(line("teacher_teacher", 6, steps=28, guided=True), *students)
+    students += [trained("dmd_refl_lora", right, 600) | {"method": f"refl_{right}"} for right in (6, 8)]
+    found |= every_goal(*students)
     assert {text: (round(goal.found.value, 4), goal.met) for text, goal in found.items()} == {
         "GDMD LoRA / teacher with 56 NFE": (round(5 / 6, 4), False),
         "GDMD LoRA - DMD LoRA": (0.125, True),
         "GDMD LoRA, 600 updates / teacher with 56 NFE": (round(7 / 6, 4), True),
         "GDMD LoRA, 600 updates - DMD LoRA, 600 updates": (0.25, True),
         "GDMD LoRA, 600 updates - Algorithm 1 LoRA, 600 updates": (0.125, True),
+        "GDMD LoRA, 600 updates - DMD + ReFL LoRA, 600 updates (refl_6)": (0.125, True),
+        "GDMD LoRA, 600 updates - DMD + ReFL LoRA, 600 updates (refl_8)": (-0.125, False),
     }
 
 
