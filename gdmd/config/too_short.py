@@ -15,7 +15,7 @@ MOSTLY = 0.5
 
 
 def too_short(cfg: RunConfig) -> Iterator[str]:
-    """A sentence for each."""
+    """One sentence for each, for the log."""
     method, loop = cfg.method, cfg.loop
     updates = loop.steps * student_updates(method)
     whole = f"the run makes {counted(updates, 'student update')} (loop.steps = {loop.steps})"

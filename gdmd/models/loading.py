@@ -57,7 +57,7 @@ FAMILIES: tuple[type[Family], ...] = (
 )
 EXTRA_LIBRARIES = {"PixtralProcessor": "torchvision", "Qwen3VLProcessor": "torchvision"}
 """Classes of transformers that need another library (the tokenizers of FLUX.2-dev and Qwen-Image-2.1)."""
-FUSED = {"to_qkv", "to_kv", "to_added_qkv"}
+_FUSED = {"to_qkv", "to_kv", "to_added_qkv"}
 """Layers that diffusers' fuse_qkv_projections() adds; unfuse_qkv_projections() leaves them in some networks."""
 
 
@@ -145,7 +145,7 @@ def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
     fit_limits(pipe, lambda encoder: None)
     opened = family(pipe, cfg)
     remove_adapters(opened.net)
-    if fused := sorted(FUSED & {name.rpartition(".")[2] for name, _ in opened.net.named_modules()}):
+    if fused := sorted(_FUSED & {name.rpartition(".")[2] for name, _ in opened.net.named_modules()}):
         raise ValueError(
             f"the denoiser of the given {family.pipeline} has fused projections ({', '.join(fused)}), and adapters on to_q, "
             "to_k and to_v would do nothing; load the pipeline again, without fuse_qkv_projections()"

@@ -30,6 +30,6 @@ def test_what_a_run_does_not_reach(recipe: str, words: tuple[str, ...], messages
     assert all(message in one for message, one in zip(messages, found, strict=True))
 
 
-def test_the_program_says_so(gdmd: Gdmd) -> None:
+def test_training_prints_the_warning(gdmd: Gdmd) -> None:
     finished = gdmd.train("loop.warmup=1000", "--run", "run")
     assert finished.code == 0 and "warning: loop.warmup = 1000, but the run makes" in finished.err
