@@ -20,7 +20,7 @@ from gdmd.export.card import model_card
 from gdmd.export.front_matter import base_license
 from gdmd.export.lora import check_fits, save_lora
 from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_scheduler
-from gdmd.io import RunError, typed, write_atomic, writing
+from gdmd.io import RunError, read_json, typed, write_atomic, writing
 from gdmd.models.families.base import Family
 from gdmd.models.loading import open_family
 from gdmd.programs.decoder_check import read_gaps
@@ -110,12 +110,12 @@ def _check_kind(target: Path, *, whole: bool) -> None:
     """ValueError for a folder with an export of the other kind, whose files would stay next to the new ones."""
     if not (target / EXPORT_FILE).is_file():
         return
-    merged = json.loads((target / EXPORT_FILE).read_text(encoding="utf-8")).get("merged", whole)
+    merged = read_json(target / EXPORT_FILE, "Choose another folder, or delete that one.").get("merged", whole)
     if merged != whole:
         kinds = ("a LoRA", "a merged pipeline")
         raise ValueError(
-            f"{target} holds {kinds[merged]}, and this export is {kinds[whole]}; choose another folder with --out, or "
-            "delete that one"
+            f"{target} holds {kinds[merged]}, and this export is {kinds[whole]}; choose another folder (--out), or delete "
+            "that one"
         )
 
 
@@ -175,8 +175,9 @@ def _license(model: DiffusersModel, given: str | None) -> dict[str, str]:
 
 def _copy_samples(run: Path, step: int, target: Path) -> str | None:
     """Copy the run's newest sample images up to this step, instead of an earlier export's; their path in ``target``."""
-    for old in (target / "images").glob("step_*.png"):
-        old.unlink()
+    if (target / EXPORT_FILE).is_file():
+        for old in (target / "images").glob("step_*.png"):
+            old.unlink()
     grids = sorted(file for file in (run / "grids").glob("step_*.png") if file.stem[5:].isdigit())
     drawn = [file for file in grids if 0 < int(file.stem[5:]) <= step]
     if not drawn:

@@ -76,16 +76,15 @@ class RewardModel(ABC):
             return self.score(several, _batch(texts, meta, several.device)).tolist()
         return score_images(self, several, texts, meta)
 
-    def pil_scores(
-        self,
-        images: Sequence[Image],
-        texts: Sequence[str],
-        meta: Sequence[Mapping[str, Any]],
-        device: torch.device | str,
-        columns: frozenset[str],
-    ) -> list[float]:
-        """One number per PIL image, without gradient; see ``score_images``."""
-        return score_by_size(self, images, texts, meta, device, columns)
+
+class JoinedReward(RewardModel):
+    """A reward that is computed from the scores of others."""
+
+    rewards: Sequence[Reward]
+
+    @abstractmethod
+    def joined(self, scores: Sequence[Tensor]) -> Tensor:
+        """Raw scores [B] of each of ``rewards`` -> [B], fp32."""
 
 
 @torch.no_grad()
@@ -101,8 +100,11 @@ def score_images(
 
     columns: names of the metadata of all prompts, which some prompts may lack.
     """
-    if isinstance(reward, RewardModel):
-        return reward.pil_scores(images, texts, meta, device, columns)
+    if isinstance(reward, PretrainedReward):
+        return [float(score) for score in reward.score_pil(images, texts, meta)]
+    if isinstance(reward, JoinedReward):
+        scores = [score_images(one, images, texts, meta, device, columns) for one in reward.rewards]
+        return reward.joined([torch.tensor(one) for one in scores]).tolist()
     return score_by_size(reward, images, texts, meta, device, columns)
 
 
@@ -294,17 +296,6 @@ class PretrainedReward(RewardModel):
             read = ([texts[k] for k in own], [asked[k] for k in own])
             scores[own] = self._scored(together, *read, lambda part: part.to(self.placement.device))
         return scores
-
-    def pil_scores(
-        self,
-        images: Sequence[Image],
-        texts: Sequence[str],
-        meta: Sequence[Mapping[str, Any]],
-        device: torch.device | str,
-        columns: frozenset[str],
-    ) -> list[float]:
-        """``score_pil``, on the reward's own device whatever ``device`` is."""
-        return [float(score) for score in self.score_pil(images, texts, meta)]
 
     def _asked(self, texts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
         """What the formula reads next to each image: its prompt."""

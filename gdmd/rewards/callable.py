@@ -245,5 +245,7 @@ def _stacked(entries: list[Any]) -> Any:
     tensors = [one for one in entries if isinstance(one, Tensor)]
     if not tensors:
         return entries
+    if any(one.is_complex() for one in tensors):
+        raise TypeError("complex numbers")
     place = tensors[0].device
     return torch.stack([torch.as_tensor(one, dtype=torch.float32, device=place).reshape(()) for one in entries])

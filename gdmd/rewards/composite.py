@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 
 from gdmd.config.rewards import CompositeConfig
-from gdmd.rewards.base import RewardModel, score_images
+from gdmd.rewards.base import JoinedReward, RewardModel
 from gdmd.rewards.callable import as_reward
 from gdmd.types import Reward, score_all
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from gdmd.types import PromptBatch
 
 
@@ -38,7 +36,7 @@ class Part:
         self.weight, self.mean, self.std = weight, mean, std
 
 
-class Composite(RewardModel):
+class Composite(JoinedReward):
     """The weighted mean of standardized rewards; differentiable if all of them are."""
 
     def __init__(self, parts: Sequence[Part], name: str = "composite") -> None:
@@ -54,6 +52,7 @@ class Composite(RewardModel):
                 f"a composite reward cannot be a part of another, got {', '.join(nested)}; give its own parts instead"
             )
         self.name, self.parts = name, tuple(parts)
+        self.rewards = [part.reward for part in self.parts]
         self.differentiable = all(part.reward.differentiable for part in parts)
         self._totals: dict[str, Tensor] = {}  # sum and number of the scores since the last stats()
 
@@ -74,25 +73,13 @@ class Composite(RewardModel):
 
     def score(self, images: Tensor, prompts: PromptBatch) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B], fp32; ``stats`` has the raw scores of the parts."""
-        scores = [one.float() for one in score_all([part.reward for part in self.parts], images, prompts)]
+        scores = [one.float() for one in score_all(self.rewards, images, prompts)]
         for part, raw in zip(self.parts, scores, strict=True):
             key, own = f"reward/{self.name}/{part.reward.name}", raw.detach()
             self._totals[key] = self._totals.get(key, 0) + torch.stack([own.nansum(), (~own.isnan()).sum()])
-        return self._mean(scores)
+        return self.joined(scores)
 
-    def pil_scores(
-        self,
-        images: Sequence[Image],
-        texts: Sequence[str],
-        meta: Sequence[Mapping[str, Any]],
-        device: torch.device | str,
-        columns: frozenset[str],
-    ) -> list[float]:
-        """One number per PIL image, which each part preprocesses as it does alone."""
-        scores = [score_images(part.reward, images, texts, meta, device, columns) for part in self.parts]
-        return self._mean([torch.tensor(one) for one in scores]).tolist()
-
-    def _mean(self, scores: Sequence[Tensor]) -> Tensor:
+    def joined(self, scores: Sequence[Tensor]) -> Tensor:
         """Raw scores [B] of the parts -> [B], the weighted mean of the standardized scores."""
         total = torch.zeros_like(scores[0])
         for part, raw in zip(self.parts, scores, strict=True):

@@ -175,7 +175,8 @@ def write_facts(path: Path, facts: Mapping[str, Any]) -> None:
 def config_change_lines(facts: Mapping[str, Any]) -> list[str]:
     """What was changed in the training loop when the run was resumed, for a report or card, in order.
 
-    Other sections can only change in where things are, which a published card does not tell.
+    What may change in other sections does not train the student: validation, offloading, and where things are, which a
+    published card does not tell.
     """
     return [
         f"{one['key']}: {one['was']} -> {one['now']}, from step {one['step']} on"

@@ -172,6 +172,13 @@ def test_grids_samples_and_exports(
     assert (merged[0] / "model_index.json").is_file()
     with pytest.raises(ValueError, match="whole holds a merged pipeline, and this export is a LoRA; choose"):
         export_run(tmp_path / "run", tmp_path / "whole")
+    (tmp_path / "whole" / EXPORT_FILE).write_text("{")
+    with pytest.raises(RunError, match=rf"cannot read .*{EXPORT_FILE}.*Choose another folder"):
+        export_run(tmp_path / "run", tmp_path / "whole")
+    (tmp_path / "mine" / "images").mkdir(parents=True)
+    (tmp_path / "mine" / "images" / "step_000009.png").touch()  # not of an export
+    export_run(tmp_path / "run", tmp_path / "mine")
+    assert len(list((tmp_path / "mine" / "images").iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", ["sdxl"])

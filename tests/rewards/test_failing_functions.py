@@ -51,6 +51,8 @@ def exits(images, prompts):
     raise SystemExit(0)
 def imaginary(images, prompts):
     return images.mean((1, 2, 3)).to(torch.complex64)
+def imaginary_list(images, prompts):
+    return list(images.mean((1, 2, 3)).to(torch.complex64))
 def elsewhere(images, prompts):
     return torch.zeros(len(images), device="meta")
 def by_prompt(images, prompts):
@@ -114,6 +116,7 @@ def train(gdmd: Gdmd, function: str, *words: str, more: str = "") -> Finished:
         ("infinite", "is infinite at samples [0, 1]"),
         ("exits", "in exits: `raise SystemExit(0)`: SystemExit: 0"),
         ("imaginary", "returned Tensor (complex numbers)"),
+        ("imaginary_list", "returned list (complex numbers)"),
         ("elsewhere", "returned Tensor (on the meta device, without values)"),
         ("numbers", "marked differentiable, but its scores carry no gradient"),
     ],

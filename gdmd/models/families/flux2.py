@@ -68,8 +68,11 @@ class Flux2(FlowFamily):
         )[0]
 
     def _scaled(self, number: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the network reads, which it multiplies by 1000 in its own dtype. A full copy, in fp32, gets a number whose
-        product is that of the frozen weights' dtype: at step 0 it equals the frozen network."""
+        """What the network reads, and multiplies by 1000 in its own dtype.
+
+        A full copy, in fp32, gets a number whose product is that of the frozen weights' dtype, so that at step 0 it equals
+        the frozen network.
+        """
         narrow = self.rounded(number)
         return number if narrow.dtype == dtype else (narrow * 1000).float() / 1000
 
