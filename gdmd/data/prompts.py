@@ -86,6 +86,7 @@ class PromptStream:
                 "give a batch size that is a multiple of the group size"
             )
         self.groups, self.encoder, self.batch_size, self.seed, self.group = groups, encoder, batch_size, seed, group
+        self.sizes = torch.tensor([len(texts) for texts in groups])
         self.meta = [[without_teacher(row) for row in own] for own in rows] if rows else None
         self.columns = frozenset(name for own in self.meta or () for row in own for name in row)
         self.teacher = [
@@ -106,9 +107,9 @@ class PromptStream:
         """
         index = torch.arange(self.batch_size)
         rng = SampleRng(self.seed, step, index[:: self.group] // self.group)  # on the CPU: read by Python
-        which = rng.integer("prompt_group", len(self.groups), draw).tolist()
-        position = rng.uniform("prompt", draw).tolist()
-        drawn = [(g, int(p * len(self.groups[g]))) for g, p in zip(which, position, strict=True)]
+        which = rng.integer("prompt_group", len(self.groups), draw)
+        position = rng.integer("prompt", self.sizes[which], draw)
+        drawn = list(zip(which.tolist(), position.tolist(), strict=True))
         own = [one for one in drawn for _ in range(self.group)][start:stop]
         texts = tuple(self.groups[g][k] for g, k in own)
         batch = batch_of(texts, self.encoder, index[start:stop], (index // self.group)[start:stop])

@@ -80,8 +80,11 @@ class SampleRng:
         drawn = torch.stack([length * torch.cos(turn), length * torch.sin(turn)], -1)
         return drawn.flatten(1)[:, :count].reshape(-1, *shape)
 
-    def integer(self, purpose: str, high: int, i: int = 0) -> Tensor:
-        """[B] int64, uniform on 0 ... high - 1 (the bias of the 32-bit multiply is below high / 2^32)."""
+    def integer(self, purpose: str, high: int | Tensor, i: int = 0) -> Tensor:
+        """[B] int64, uniform on 0 ... high - 1 (the bias of the 32-bit multiply is below high / 2^32).
+
+        high: one number, or one per sample ([B] int64).
+        """
         word = self._words(purpose, i, 1)[0][:, 0]
         return (word * high) >> 32
 

@@ -66,6 +66,22 @@ def test_groups() -> None:
         assert batch.index.tolist() == list(range(12)) and batch.cond["tokens"].shape[0] == 12
 
 
+class _NoEncoder:
+    def encode(self, texts: Sequence[str]) -> Cond:
+        return {"tokens": torch.zeros(len(texts), 1)}
+
+    def null(self, count: int) -> Cond:
+        return {"tokens": torch.zeros(count, 1)}
+
+
+def test_every_prompt_of_a_long_list_can_be_drawn() -> None:
+    """A list longer than the 2^23 values of an fp32 draw: all remainders modulo 4 appear, and both ends."""
+    many = PromptStream([range(2**25)], _NoEncoder(), 512, seed=0)  # type: ignore[list-item,arg-type]
+    drawn = torch.tensor([many.at(step).text for step in range(8)]).flatten()  # type: ignore[arg-type]
+    assert (drawn % 4).unique(return_counts=True)[1].min() > 900  # of 1,024 expected
+    assert drawn.min() < 2**25 / 500 and drawn.max() > 2**25 * (1 - 1 / 500)
+
+
 @pytest.mark.parametrize("group", [5, 0, -3, 24])
 def test_group_size_must_divide_the_batch(group: int) -> None:
     with pytest.raises(ValueError, match=f"group size does not divide: {group} images per prompt, batch size 12; give"):
