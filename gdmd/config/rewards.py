@@ -219,10 +219,10 @@ class OcrConfig(DeviceOptions):
 class PythonReward(Config):
     """A reward computed by the user's Python code."""
 
-    differentiable: bool = Field(
-        default=False,
-        description="Whether the function returns a tensor with a correct gradient with respect to the images; also set "
-        "by an attribute of the function, differentiable = True.",
+    differentiable: bool | None = Field(
+        default=None,
+        description="Whether the function returns a tensor with a correct gradient with respect to the images; "
+        "default: the function's attribute differentiable, else false.",
     )
     image_type: Literal["tensor", "pil"] | None = Field(
         default=None,

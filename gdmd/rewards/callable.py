@@ -43,11 +43,16 @@ class CallableReward(RewardModel):
     """
 
     def __init__(
-        self, function: Callable[..., Any], name: str = "", differentiable: bool = False, image_type: str | None = None
+        self,
+        function: Callable[..., Any],
+        name: str = "",
+        differentiable: bool | None = None,
+        image_type: str | None = None,
     ) -> None:
         self.function, self.name = function, name or function_name(function)
         self._device: str | None = None  # None: that of the images
-        self.differentiable = differentiable or bool(getattr(function, "differentiable", False))
+        marked = bool(getattr(function, "differentiable", False))
+        self.differentiable = marked if differentiable is None else differentiable
         self.image_type = image_type or getattr(function, "image_type", "tensor")
         facts = {"name": self.name, "differentiable": self.differentiable, "image_type": self.image_type}
         self.config = validated(

@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_rewards import prompt_batch, random_images
 from torch import Tensor, nn
 
-from gdmd.config.rewards import FunctionConfig
+from gdmd.config.rewards import CallableConfig, FunctionConfig
 from gdmd.recipes.build_rewards import build_rewards, reward_specs, try_rewards
 from gdmd.recipes.inputs import inputs_of
 from gdmd.recipes.read import read_recipe
@@ -112,6 +112,18 @@ class Counting:
     def __call__(self, images: Tensor, prompts: Any) -> Tensor:
         self.calls += 1
         return images.mean((1, 2, 3))
+
+
+def test_the_setting_overrides_the_attribute_differentiable(tmp_path: Path) -> None:
+    """... as the error about a missing gradient says."""
+    (tmp_path / "marked.py").write_text(
+        "def mean(images, prompts):\n    return images.mean((1, 2, 3))\nmean.differentiable = True\n"
+    )
+    target = f"{tmp_path}/marked.py:mean"
+    for value, expected in ((None, True), (True, True), (False, False)):
+        reward = CallableReward.from_config(CallableConfig(target=target, differentiable=value))
+        assert reward.differentiable is expected
+        assert reward.score(IMAGES.clone().requires_grad_(), PROMPTS).requires_grad is expected
 
 
 def test_a_list_of_tensors_has_their_gradient() -> None:
