@@ -7,9 +7,18 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
-from gdmd.config.explain import Mistakes, explain
+from gdmd.config.explain import FIELDS_ONLY, Mistakes, explain
 from gdmd.config.load import ConfigError
 
 if TYPE_CHECKING:
@@ -47,8 +56,8 @@ class Config(BaseModel, metaclass=_ExplainedErrors):
         yield from ()
 
     @model_validator(mode="after")
-    def _fields_fit_together(self) -> Self:
-        if found := tuple(self._mistakes()):
+    def _fields_fit_together(self, info: ValidationInfo) -> Self:
+        if info.context != FIELDS_ONLY and (found := tuple(self._mistakes())):
             raise Mistakes(found)
         return self
 

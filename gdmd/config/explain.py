@@ -48,6 +48,10 @@ def show(value: Any) -> str:
     return "nothing (null)" if value is None else _SHORTEN.repr(value)
 
 
+FIELDS_ONLY = "fields only"
+"""A validation context: no config checks its fields together."""
+
+
 class Mistakes(ValueError):
     """Several mistakes of one config; pydantic keeps only the first error of a validator."""
 
@@ -85,7 +89,16 @@ def explain(
     details = error.errors(include_url=False)
     shown = [one for one in details if one["type"] != "too_short" or not _has_bad_element(one, details)]
     single = (one for detail in shown for one in _separate(detail))
-    return [redacted(_line(annotation, one, name, overrides or {}, tree)) for one in single]
+    lines = [_line(annotation, one, name, overrides or {}, tree) for one in single]
+    return [redacted(line) for line in (*lines, *(f"{name}: {one}" for one in _between(annotation, details, tree)))]
+
+
+def _between(annotation: Any, details: Sequence[ErrorDetails], tree: Any) -> list[str]:
+    """Mistakes between sections; pydantic looks for them only if no section has one. None unless all fields are valid."""
+    within = all(one["loc"] and isinstance(one.get("ctx", {}).get("error"), Mistakes) for one in details)
+    if not within or not isinstance(annotation, type) or not hasattr(annotation, "_mistakes"):
+        return []
+    return list(annotation.model_validate(tree, context=FIELDS_ONLY)._mistakes())
 
 
 def _separate(detail: ErrorDetails) -> list[ErrorDetails]:

@@ -143,13 +143,27 @@ def test_all_mistakes_between_the_fields_of_a_section_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(RunConfig, {"name": "x", **sections})
     starts = {"model: student_revision", "model: quantization", "method: renoise_low", "method: renoise_x0"}
-    starts |= {"loop: micro_batch", "loop: optimizer"}
+    starts |= {"loop: micro_batch", "loop: optimizer", "rewards ['shapes_clip', 'shapes_pref'] judge captions"}
     found = [next((one for one in starts if line.startswith(f"config: {one}")), line) for line in caught.value.errors]
-    assert len(found) == 6 and set(found) == starts
+    assert len(found) == 7 and set(found) == starts
     rewards = [{"kind": "pickscore"}, {"kind": "pickscore"}]
     between = {"method": {"kind": "dmd_grpo"}, "loop": {"batch_size": 3}, "rewards": rewards, "real_data": None}
     with pytest.raises(ConfigError, match=r"^config: group size(.*)\nconfig: each reward(.*)$"):
         load_config(RunConfig, {"name": "x", **between})
+
+
+def test_mistakes_within_and_between_sections_at_once() -> None:
+    """With an invalid field, sections are not compared: what is wrong may follow from that field."""
+    text = "method: {kind: gdmd_tilted}\nloop: {batch_size: 6, micro_batch: 4}\nrewards: []\n"
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, text)
+    within, between = caught.value.errors
+    assert within.startswith("config: loop: micro_batch = 4 does not divide")
+    assert between == "config: method gdmd_tilted reads rewards and needs at least one under `rewards`"
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, text, ["loop.ema=2"])
+    (only,) = caught.value.errors
+    assert "loop.ema: got 2" in only
 
 
 @pytest.mark.parametrize(
