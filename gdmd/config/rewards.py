@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator
@@ -35,7 +35,18 @@ FunctionName = Annotated[str, AfterValidator(_function)]
 """A Python function, in a module or a file."""
 
 
-class DeviceOptions(Config):
+class LabeledByKind(Config):
+    """A reward that logs and tables name by its kind."""
+
+    if TYPE_CHECKING:
+        kind: str
+
+    @property
+    def label(self) -> str:
+        return self.kind
+
+
+class DeviceOptions(LabeledByKind):
     """Precision and device of a neural reward."""
 
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
@@ -64,10 +75,6 @@ class ClipConfig(NetworkReward):
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of the hub id.")
 
-    @property
-    def label(self) -> str:
-        return self.kind
-
 
 class HpsConfig(NetworkReward):
     """HPSv2.1 ("hps") or HPSv2 ("hps_v2"): the cosine of a fine-tuned CLIP ViT-H/14."""
@@ -76,10 +83,6 @@ class HpsConfig(NetworkReward):
     path: str | None = Field(
         default=None, description="Folder of converted weights; default: the output of `gdmd rewards convert`."
     )
-
-    @property
-    def label(self) -> str:
-        return self.kind
 
 
 class PickScoreConfig(NetworkReward):
@@ -94,10 +97,6 @@ class PickScoreConfig(NetworkReward):
         default=None, description="Folder or hub id of the tokenizer; default: that of CLIP ViT-H/14."
     )
 
-    @property
-    def label(self) -> str:
-        return self.kind
-
 
 class ImageRewardConfig(NetworkReward):
     """ImageReward v1: a standardized score, about -3 to 3."""
@@ -106,10 +105,6 @@ class ImageRewardConfig(NetworkReward):
     path: str | None = Field(
         default=None, description="Folder of converted weights; default: the output of `gdmd rewards convert`."
     )
-
-    @property
-    def label(self) -> str:
-        return self.kind
 
 
 class AestheticConfig(NetworkReward):
@@ -125,10 +120,6 @@ class AestheticConfig(NetworkReward):
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of clip.")
 
-    @property
-    def label(self) -> str:
-        return self.kind
-
 
 class Hpsv3Config(NetworkReward):
     """HPSv3: the mean preference of a tuned Qwen2-VL-7B, about -5 to 15. 16 GB of weights in bf16."""
@@ -141,10 +132,6 @@ class Hpsv3Config(NetworkReward):
         default="bf16",
         description="Precision of the backbone, bf16 as published; preprocessing and head are always fp32.",
     )
-
-    @property
-    def label(self) -> str:
-        return self.kind
 
 
 class GenEval2Config(NetworkReward):
@@ -168,10 +155,6 @@ class GenEval2Config(NetworkReward):
         default=1, description="Images per forward pass, with all their questions; 0 = the whole batch."
     )
 
-    @property
-    def label(self) -> str:
-        return self.kind
-
 
 class GenEvalConfig(DeviceOptions):
     """GenEval partial credit, in [0, 1]; not the GenEval metric. Prompts need GenEval metadata."""
@@ -184,10 +167,6 @@ class GenEvalConfig(DeviceOptions):
         default=None,
         description="Folder or hub id of CLIP ViT-L/14, which classifies colors; default: the published weights.",
     )
-
-    @property
-    def label(self) -> str:
-        return self.kind
 
 
 class OcrConfig(DeviceOptions):
@@ -206,10 +185,6 @@ class OcrConfig(DeviceOptions):
     other_text: Literal["error", "free"] = Field(
         default="error", description="Whether text that the prompt does not ask for counts as an error."
     )
-
-    @property
-    def label(self) -> str:
-        return self.kind
 
     def _mistakes(self) -> Iterator[str]:
         if self.reader is not None and (self.path is not None or self.revision is not None):
@@ -330,15 +305,11 @@ class CompositePart(Config):
     )
 
 
-class CompositeConfig(Config):
+class CompositeConfig(LabeledByKind):
     """Weighted mean of several standardized rewards; every part is also logged in its own units."""
 
     kind: Literal["composite"] = "composite"
     parts: tuple[CompositePart, ...] = Field(min_length=1, description="The rewards, their weights and their scales.")
-
-    @property
-    def label(self) -> str:
-        return self.kind
 
     def _mistakes(self) -> Iterator[str]:
         labels = [part.reward.label for part in self.parts]
@@ -367,15 +338,11 @@ TaggedReward = Annotated[RealRewardConfig, Field(discriminator="kind")]
 """RealRewardConfig as a union discriminated by ``kind``, which gives one error for a wrong kind."""
 
 
-class ShapesReward(Config):
+class ShapesReward(LabeledByKind):
     """A reward of the Shapes world."""
 
     kind: Literal["shapes_clip", "shapes_pref", "shapes_clip_heldout", "shapes_partial_credit"]
     asset: str | None = Field(default=None, description="safetensors file of another scorer; default: the shipped one.")
-
-    @property
-    def label(self) -> str:
-        return self.kind
 
 
 RewardConfig = Annotated[ShapesReward | RealRewardConfig, Field(discriminator="kind")]
