@@ -1,4 +1,4 @@
-"""Draws the README's figure and prints its table from the stored results: ``python docs/figures/readme.py``."""
+"""Draws the README's figure and prints its tables from the stored results: ``python docs/figures/readme.py``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ ROWS = {
     "gdmd_second": ("tilted GDMD, reward gradient", "4", "3,200 + 800"),
 }
 """Row of the sweep one_stage -> name, NFE per image, student updates."""
+PIPELINES = {
+    "teacher": ("teacher", "56"),
+    "dmd_600": ("DMD", "4"),
+    "refl_600": ("DMD + ReFL", "4"),
+    "gdmd_600": ("tilted GDMD, 2.5 times the passes", "4"),
+}
+"""Row of the sweep pipelines, without its family -> name, NFE per image."""
 COLORS = ("#222222", "#b58900", "#7a5195", "#56b4e9", "#d55e00")
 DIVERSITY: Place = ("diversity",)
 HELDOUT: Place = ("rewards", "shapes_clip_heldout")
@@ -43,6 +50,19 @@ def markdown(results: Results) -> list[str]:
             minus = difference(test.difference, test.low, test.high)
         other = [number(mean(results.values(row, place).values())) for place in (HELDOUT, DIVERSITY)]
         cells = [name, calls, updates, str(own.count), plus_minus(own.mean, own.std), minus, *other]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def pipelines_markdown() -> list[str]:
+    """The rows of the README's table of pipelines: mean ShapesEval over seeds, and the diversity in parentheses."""
+    results = stored_results(read_sweep("pipelines"), ROOT / "docs" / "results").results
+    lines = []
+    for row, (name, calls) in PIPELINES.items():
+        cells = [name, calls]
+        for family in ("sd3", "flux2"):
+            score, spread = (mean(results.values(f"{family}_{row}", place).values()) for place in (OVERALL, DIVERSITY))
+            cells.append(f"{number(score)} ({number(spread)})")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -73,4 +93,4 @@ def draw(results: Results, out: Path = OUT) -> None:
 if __name__ == "__main__":
     stored = read()
     draw(stored)
-    print("\n".join(markdown(stored)))
+    print("\n".join([*markdown(stored), *pipelines_markdown()]))
