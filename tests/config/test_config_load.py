@@ -154,7 +154,7 @@ def test_all_mistakes_between_the_fields_of_a_section_at_once() -> None:
 
 def test_mistakes_within_and_between_sections_at_once() -> None:
     """With an invalid field, sections are not compared: what is wrong may follow from that field."""
-    text = "method: {kind: gdmd_tilted}\nloop: {batch_size: 6, micro_batch: 4}\nrewards: []\n"
+    text = "name: x\nmethod: {kind: gdmd_tilted}\nloop: {batch_size: 6, micro_batch: 4}\nrewards: []\n"
     with pytest.raises(ConfigError) as caught:
         load_config(RunConfig, text)
     within, between = caught.value.errors
