@@ -30,7 +30,7 @@ def test_the_gan_losses_are_those_of_logistic_regression() -> None:
     torch.testing.assert_close(generator_loss(student)[:2], tensor(0.048587351573742, math.log(2)), rtol=1e-12, atol=0)
 
 
-def test_the_student_still_learns_where_the_head_is_sure_of_itself() -> None:
+def test_the_generator_gradient_does_not_vanish_where_the_head_is_certain() -> None:
     logit = tensor(-30.0, 0.0, 30.0).requires_grad_(True)
     (grad,) = torch.autograd.grad(generator_loss(logit).sum(), logit)
     torch.testing.assert_close(grad, tensor(-1.0, -0.5, 0.0), rtol=0, atol=1e-12)
