@@ -74,7 +74,7 @@ def test_stop_zero_is_the_noise() -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_roll_out_and_the_sampler_are_one_sampler(sampler: StudentSampler) -> None:
+def test_a_rollout_equals_the_sampler(sampler: StudentSampler) -> None:
     noise, student = RNG.normal("noise", SHAPE), Student()
     last = torch.full((B,), len(STEPS) - 1)
     x_tau = backward_simulation(student, noise, STEPS, last, WHO, noise_at, FlowSchedule(), sampler=sampler)
@@ -123,7 +123,7 @@ def test_one_step_needs_no_second_noise() -> None:
     assert torch.equal(x0, Student()(noise, torch.ones(B), WHO).x0)
 
 
-def test_roll_outs_carry_no_gradient() -> None:
+def test_rollouts_carry_no_gradient() -> None:
     weight = torch.tensor(0.5, requires_grad=True)
 
     def net(x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
@@ -189,7 +189,7 @@ def test_stopped_and_continued_rollout_is_the_sampler() -> None:
     assert sum(student.calls) == sum(3 - s for s in stop.tolist())
 
 
-def test_the_last_step_is_made_again_from_fresh_draw() -> None:
+def test_the_last_step_is_repeated_from_fresh_noise() -> None:
     student, stop = Affine(), torch.full((4,), 3)
     cond = {"shift": torch.zeros(4, dtype=torch.float64)}
     end = continuation(student, draw("x0"), stop, STEPS, cond, lambda i: draw("again", i), FlowSchedule())

@@ -47,9 +47,9 @@ def test_prompts_are_reported_as_equal_exactly_if_their_embeddings_are(folders: 
     assert not equal(encoder.encode(fits[:1]), encoder.encode(fits[1:]))
     assert equal(encoder.encode(cut[:1]), encoder.encode(cut[1:]))
     assert last.reaching(fits).keys() == set(fits)
-    assert "the same to it" not in str(encoder.long_prompts(fits))
+    assert "the same after truncation" not in str(encoder.long_prompts(fits))
     said = str(encoder.long_prompts([*cut, "short", "short"]))
-    assert "2 of 3 prompts are longer" in said and "2 different prompts are the same to it" in said
+    assert "2 of 3 prompts are longer" in said and "2 different prompts are the same after truncation" in said
     assert f"{last.name} reads {last.room} tokens: 2 longer, up to {last.room + 1}" in said
     assert ("model.max_tokens (now 256)" in said) == (name not in ("sd15", "sdxl"))
 
