@@ -18,7 +18,7 @@ def control(name: str, roles: Any, *rewards: Toy) -> Any:
     return make("gdmd_ablation", roles, *rewards, group_size=3, control=name)
 
 
-def test_shuffled_r_has_other_owners() -> None:
+def test_shuffled_r_belongs_to_other_samples() -> None:
     first, second, third = tiny_roles(), tiny_roles(), tiny_roles()
     plain, mixed = scored(gdmd(first), first), scored(control("shuffled", second), second)
     assert torch.equal(plain.flatten().sort().values, mixed.flatten().sort().values)
@@ -72,8 +72,8 @@ def test_shuffled_tilt_keeps_the_rollouts() -> None:
     torch.testing.assert_close(weights[1][1].mean((0, 1)), torch.ones(4))
 
 
-def test_shuffled_gradients_all_change_their_owner() -> None:
-    """The gradients are those of the batch, and other owners get them in another step."""
+def test_no_sample_keeps_its_shuffled_gradient() -> None:
+    """The gradients are those of the batch, and go to other samples in another step."""
     roles = tiny_roles()
     found = []
     for kind in ("gdmd_tilted", "gdmd_tilted_shuffled"):
