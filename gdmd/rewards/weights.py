@@ -140,7 +140,7 @@ def pretrained_weights(kind: str) -> PretrainedWeights:
     if kind in known:
         return known[kind]
     similar = near(kind, list(known))
-    advice = f"did you mean '{similar[0]}'?" if similar else f"known are {', '.join(known)}"
+    advice = f"did you mean '{similar[0]}'?" if similar else f"known rewards are {', '.join(known)}"
     raise ValueError(f"unknown reward {kind!r}; {advice}")
 
 

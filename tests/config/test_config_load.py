@@ -171,7 +171,7 @@ def test_mistakes_within_and_between_sections_at_once() -> None:
     [
         ("nmae: x\nloop: {steps: 1}", "nmae: got 'x': unknown key; did you mean 'name'?"),
         ("loop: {steps: 1, sede: 1}", "loop.sede: got 1: unknown key; did you mean 'seed'?"),
-        ("loop: {steps: 1, x: 1}", "loop.x: got 1: unknown key; known are: betas, lr, seed, steps"),
+        ("loop: {steps: 1, x: 1}", "loop.x: got 1: unknown key; known keys are: betas, lr, seed, steps"),
         (
             "loop: {steps: 1}\nrewards: [{kind: clip}, {kind: clip, wieght: 1}]",
             "rewards.1.wieght: got 1: unknown key; did you mean 'weight'?",
@@ -188,7 +188,7 @@ def test_mistakes_within_and_between_sections_at_once() -> None:
         ),
         (
             "loop: {steps: 1}\nmethod: {gamma: 1}",
-            "method: the key 'kind' is missing; write {kind: ..., ...}; known are: gdmd, dmd_grpo",
+            "method: the key 'kind' is missing; write {kind: ..., ...}; known kinds are: gdmd, dmd_grpo",
         ),
         ("name: x", "loop: is missing; this key is required"),
         ("loop: {steps: true}", "loop.steps: got True: input should be a valid integer"),

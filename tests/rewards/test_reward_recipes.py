@@ -209,11 +209,11 @@ OFFLINE = "the hub cannot be reached (HF_HUB_OFFLINE is set)"
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["convert", "foo", "x.pt"], "unknown reward 'foo'; known are clip, hps"),
+        (["convert", "foo", "x.pt"], "unknown reward 'foo'; known rewards are clip, hps"),
         (["convert", "hps", "none.pt"], "no such file"),
         (["convert", "clip", "none.pt"], "needs no conversion"),
         (["serve", "clip", "--host", "0.0.0.0"], "so a token is needed"),
-        (["serve", "no_such_kind"], "unknown kind; known are: clip, hps"),
+        (["serve", "no_such_kind"], "unknown kind; known values are: clip, hps"),
         (["fetch", "hps"], f"cannot fetch xswu/HPSv2@697403c78157: {OFFLINE}"),
         (["fetch", "clip"], f"cannot fetch openai/clip-vit-large-patch14@32bd64288804: {OFFLINE}"),
     ],
