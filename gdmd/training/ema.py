@@ -40,7 +40,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the shadow towards the present parameters."""
+        """Move the shadow toward the current parameters."""
         shadows = list(self.shadow.values())
         now = [self._parameters[name].to(shadow.dtype) for name, shadow in self.shadow.items()]
         torch._foreach_lerp_(shadows, now, 1 - self.decay_at(self.updates))

@@ -236,7 +236,7 @@ class _Trainer:
         try:
             yield
         except ValueError as error:
-            if type(error) is not ValueError:  # errors of the disk, of numbers and of the ranks say what to do
+            if type(error) is not ValueError:  # disk, non-finite and rank errors already say what to do
                 raise
             raise ValueError(f"step {step}: {error}. {self._cure()}") from error
 

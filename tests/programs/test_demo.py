@@ -66,7 +66,7 @@ def test_demo_continues_the_shipped_student(gdmd: Gdmd) -> None:
         *("teacher, 1 steps", "teacher, 4 plain steps"),
         *("stage 1, 4 steps", "DMD, 4 steps", "GDMD, 4 steps"),
     ]
-    assert finished.err.count("fake start from shapes:dmd, step 1 of `none`") == 2
+    assert finished.err.count("fake score start from shapes:dmd, step 1 of `none`") == 2
     assert "[4/7] training DMD: 2 updates from the student of shapes:dmd" in finished.err
     assert "GDMD minus DMD with 4 calls:" in finished.out and "is not shown to be above" in finished.out
     assert max(map(len, finished.out.splitlines())) <= 80

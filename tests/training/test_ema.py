@@ -1,4 +1,4 @@
-"""The moving average follows its formula, keeps fp32, and lends its weights without a trace."""
+"""The moving average follows its formula, keeps fp32, and restores the parameters it was swapped in for."""
 
 from __future__ import annotations
 

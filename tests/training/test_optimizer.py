@@ -1,4 +1,4 @@
-"""AdamW steps, clipping, learning-rate courses, exact restore; the statistics of many updates."""
+"""AdamW steps, clipping, learning-rate schedules, exact restore; the statistics of many updates."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ MICRO = {"gdmd_micro_2": "none", "gdmd_micro_full_2": "full"}
 def run(
     name: str, folder: Path, context: DistributedContext = SINGLE_PROCESS, steps: int = STEPS, **changes: Any
 ) -> None:
-    """Train the tiny networks by CONFIGS[name] to ``steps``, going on where the folder's run stopped."""
+    """Train the tiny networks by CONFIGS[name] to ``steps``, continuing where the folder's run stopped."""
     cfg = CONFIGS[name]
     loop = LoopConfig(
         **{"steps": steps, "batch_size": 8, "lr_student": LR, "lr_fake": LR, "log_every": 1}
@@ -119,7 +119,7 @@ def roles_of(cfg: Any) -> ShapesRoles:
 
 
 def start_of(part: str, cfg: Any) -> dict[str, Tensor] | None:
-    """The weights with which a run begins; EMA and old policy begin as the student. Moments and Z begin at 0 (None)."""
+    """The weights with which a run begins: EMA and old policy as the student, optimizer state and Z at 0 (None)."""
     role = {"student": "student", "ema": "student", "old": "student", "fake": "fake"}.get(part)
     if role is None:
         return None

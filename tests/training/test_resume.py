@@ -1,4 +1,4 @@
-"""Resume == no interruption, bit for bit: parameters, EMA, optimizer moments, old policy, method state and metrics."""
+"""Resume == no interruption, bit for bit: parameters, EMA, optimizer state, old policy, method state and metrics."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_gan_head_starts_fresh(tmp_path: Path) -> None:
 
 
 def test_adapters_of_an_unknown_run_are_not_scaled(tmp_path: Path) -> None:
-    """A folder with nothing but checkpoints does not say its lora_alpha."""
+    """A folder with nothing but checkpoints does not record lora_alpha."""
     name, saved = "block.to_q.lora_B.weight", torch.tensor([[2.0], [3.0]])
     roles: tuple[Role, ...] = ("student", "fake")
     checkpoint.save(tmp_path / "run" / "checkpoints", 1, {role: {name: saved} for role in roles}, {})
@@ -110,7 +110,7 @@ def test_adapters_of_an_unknown_run_are_not_scaled(tmp_path: Path) -> None:
     assert all(torch.equal(weights[name], saved) for weights in own.values())
 
 
-def test_differences_that_change_the_images_are_told(tmp_path: Path) -> None:
+def test_differences_that_change_the_images_are_reported(tmp_path: Path) -> None:
     run = create(tmp_path / "run", {"model": {"path": "a", "embedded_guidance": 3.5, "t5": True, "max_tokens": 0}})
     roles: tuple[Role, ...] = ("student", "fake")
     checkpoint.save(run.checkpoints, 1, {role: {"w": torch.ones(1)} for role in roles}, {})
