@@ -1,4 +1,4 @@
-"""A role with all its weights: a full copy of the network, in fp32."""
+"""A role that trains all weights: a full copy of the network, in fp32."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_checkpointed_blocks_keep_their_role(folders: Path, name: str) -> None:
     assert torch.equal(checkpointed.teacher(*at).x0, plain.teacher(*at).x0)  # after a backward pass, too
 
 
-def test_checkpointing_that_a_given_network_has_on_is_switched_off(folders: Path) -> None:
+def test_the_checkpointing_of_a_given_network_is_switched_off(folders: Path) -> None:
     """Its recomputation does not know adapters: it would run with the one that was active last."""
     plain, family = roles_of(folders, "sdxl", checkpointing=False), copy.copy(opened(folders / "sdxl", "fp32"))
     family.net = copy.deepcopy(family.net)
