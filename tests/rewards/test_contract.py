@@ -1,4 +1,4 @@
-"""What every reward promises: shape, dtype, errors, independence of the batch, gradient, placement."""
+"""What every reward guarantees: shape, dtype, errors, independence of the batch, gradient, placement."""
 
 from __future__ import annotations
 

@@ -133,8 +133,8 @@ def test_a_list_of_tensors_has_their_gradient() -> None:
     images = IMAGES.clone().requires_grad_()
     scores = CallableReward(one_by_one, differentiable=True).score(images, PROMPTS)
     assert scores.isnan().tolist() == [False, True]
-    (slope,) = torch.autograd.grad(scores.nansum(), images)
-    torch.testing.assert_close(slope[0], torch.full_like(slope[0], 1 / slope[0].numel()))
+    (gradient,) = torch.autograd.grad(scores.nansum(), images)
+    torch.testing.assert_close(gradient[0], torch.full_like(gradient[0], 1 / gradient[0].numel()))
 
 
 def test_a_function_may_compute_a_gradient_of_its_own() -> None:
@@ -142,17 +142,17 @@ def test_a_function_may_compute_a_gradient_of_its_own() -> None:
 
     def sharpness(images: Tensor, prompts: Any) -> Tensor:
         with torch.enable_grad():
-            (slope,) = torch.autograd.grad(images.requires_grad_().square().sum(), images)
-        return slope.mean((1, 2, 3))
+            (gradient,) = torch.autograd.grad(images.requires_grad_().square().sum(), images)
+        return gradient.mean((1, 2, 3))
 
     def brightness(images: Tensor, prompts: Any) -> Tensor:
         return images.mean((1, 2, 3))
 
     images = IMAGES.clone()
     with torch.no_grad():
-        slope = CallableReward(sharpness).score(images, PROMPTS)
+        scores = CallableReward(sharpness).score(images, PROMPTS)
         mean = CallableReward(brightness, differentiable=True).score(images, PROMPTS)
-    torch.testing.assert_close(slope, 2 * mean)
+    torch.testing.assert_close(scores, 2 * mean)
 
 
 CLASSES = """class Warm:
@@ -222,7 +222,7 @@ async def later(images: Any, prompts: Any) -> list[float]:
         (3, "type int cannot be called; give a function"),
     ],
 )
-def test_what_is_not_a_reward(given: Any, message: str) -> None:
+def test_an_object_that_is_not_a_reward_is_an_error(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CallableReward(given)
 

@@ -1,4 +1,4 @@
-"""Remote rewards: same scores as local ones, and a server that fails never hangs, loses or invents a score."""
+"""Remote rewards give the same scores as local ones; with a failing server none hangs, is lost or is made up."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_killed_server_is_asked_again(fail: Callable[[Any], None]) -> None:
 
 
 @pytest.mark.parametrize(("asked", "pause"), [("7", 7.0), ("600", 60.0), ("0", 0.5), ("soon", 0.5)])
-def test_a_server_that_is_asked_too_often_says_how_long_to_wait(asked: str, pause: float) -> None:
+def test_the_client_waits_as_long_as_a_busy_server_asks(asked: str, pause: float) -> None:
     """The limit is per minute: the pauses of the other failures end after 3.5 s, and with them a run of several ranks."""
 
     def busy(handler: Any, n: int) -> None:
