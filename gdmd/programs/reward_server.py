@@ -132,7 +132,7 @@ def check_token(header: str, token: str | None) -> None:
 
 
 async def read_body(request: Any, limit: int) -> bytes:
-    """The body. HTTPError (413) as soon as more than ``limit`` bytes arrived, whatever the header says."""
+    """The body. HTTPError (413) as soon as more than ``limit`` bytes have arrived, whatever the header says."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
