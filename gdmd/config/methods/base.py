@@ -34,7 +34,7 @@ class DistillationConfig(Config):
 
     guidance: NonNegative = Field(
         default=5.0,
-        description="Teacher's classifier-free guidance inside DMD; 1 makes no unconditional pass. "
+        description="Teacher's classifier-free guidance inside DMD; 1 runs no unconditional pass. "
         "Shapes 5 (best of the teacher's own sweep); SD3-M 7, SDXL 8 (arXiv 2605.26108, 2405.14867).",
     )
     student_steps: Annotated[tuple[Positive, ...], BeforeValidator(_uniform_steps), AfterValidator(_falling)] = Field(
