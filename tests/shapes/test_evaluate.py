@@ -1,4 +1,4 @@
-"""The evaluation on the Shapes world measures what the samplers made, and knows its uncertainty."""
+"""The evaluation on the Shapes world measures the samplers' images and reports its uncertainty."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_evaluate_errors() -> None:
 
 
 def test_interval_resamples_captions() -> None:
-    """Images that agree within a caption carry one vote together: 20 votes, not 2,000."""
+    """Images of one caption that agree are one observation: 20 observations, not 2,000."""
     votes = torch.rand(20) < 0.5
     texts = [f"caption {k}" for k in range(20) for _ in range(100)]
     low, high = bootstrap_interval(votes.repeat_interleave(100), torch.zeros(2000, dtype=torch.int64), texts)
@@ -137,7 +137,7 @@ def test_interval_resamples_captions() -> None:
     assert low < p < high
 
 
-def test_interval_weighs_tasks_equally() -> None:
+def test_interval_weights_tasks_equally() -> None:
     """A task that always succeeds and one that never does: 1/2, whatever their sizes."""
     task = torch.tensor([0] * 90 + [1] * 10)
     texts = [f"{int(t)}/{i // 2}" for i, t in enumerate(task)]

@@ -1,4 +1,4 @@
-"""The Shapes scorers as rewards: differentiable, per sample, loud; and the material they learn from."""
+"""The Shapes scorers as rewards: gradients, independence of the batch, errors for bad input; their training data."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_captions_are_encoded_once(kind: Kind):
     encoder.text.register_forward_hook(lambda net, given, answer: read.append(len(given[0])))
     first = scorer.score(images, batch_of(TEXTS))
     turned = scorer.score(images.flip(0), batch_of(TEXTS[::-1])).flip(0)
-    assert read == [1, 1, 1, 1]  # alone, so that its bits do not depend on what it was met with
+    assert read == [1, 1, 1, 1]  # alone, so that its bits do not depend on the other captions
     torch.testing.assert_close(turned, first, rtol=0, atol=1e-5)  # of scores near 1: a hundred roundings of fp32
     said = scorer.net.text_features(catalog().tokens[torch.tensor([catalog().row(text) for text in TEXTS])])
     torch.testing.assert_close(first, scorer.net(images, said), rtol=0, atol=1e-5)
