@@ -80,7 +80,7 @@ def _pool(seed: int, batch: int, pool: int) -> SceneBatch:
 
 
 def batch_at(cfg: ScorerConfig, step: int) -> SceneBatch:
-    """The scenes of one step, [batch]: drawn for POOL steps at once, by (seed, step // 2 POOL).
+    """The scenes of one step, [batch]: drawn for POOL steps at once, by (seed, step // (2 POOL)).
 
     The next POOL steps use the same captions with the roles of the two scenes swapped.
     """
