@@ -88,9 +88,11 @@ class NoProgress:
 
 @dataclass(frozen=True)
 class Hooks:
-    """validate(step, path): called with the EMA weights swapped in every ``validate_every`` steps (0 = never), at step 0
-    and at the last, by all ranks (a sharded network needs them all); rank 0 writes an image to ``path``, and all ranks get
-    the scores, by key of metrics.jsonl.
+    """What the loop calls besides the method, and where it reports.
+
+    validate(step, path): called by all ranks (a sharded network needs them all) with the EMA weights swapped in, every
+    ``validate_every`` steps (0 = never), at step 0 and at the last; rank 0 writes an image to ``path``, and all ranks
+    get the scores, by key of metrics.jsonl.
 
     stats(): statistics from outside the method that are logged after an iteration, such as the parts of a reward.
     at_log(): values that are measured only when a row is logged, by all ranks.
