@@ -128,7 +128,7 @@ def test_all_errors_at_once() -> None:
 
 
 def test_all_mistakes_between_the_fields_of_a_section_at_once() -> None:
-    """Also between sections, and those of a method that it shares with others."""
+    """This includes mistakes between sections, and those that a method's base class finds."""
     sections = {
         "model": {
             "kind": "diffusers",
@@ -153,7 +153,7 @@ def test_all_mistakes_between_the_fields_of_a_section_at_once() -> None:
 
 
 def test_mistakes_within_and_between_sections_at_once() -> None:
-    """With an invalid field, sections are not compared: what is wrong may follow from that field."""
+    """With an invalid field, sections are not compared, because a mismatch may follow from that field."""
     text = "name: x\nmethod: {kind: gdmd_tilted}\nloop: {batch_size: 6, micro_batch: 4}\nrewards: []\n"
     with pytest.raises(ConfigError) as caught:
         load_config(RunConfig, text)

@@ -67,7 +67,7 @@ def test_the_literal_tilt_hardly_uses_rewards_and_the_standardized_one_does() ->
 
 
 def test_tilt_of_several_rewards() -> None:
-    """Their mean, which does not depend on units; nor on a shift when it is standardized."""
+    """The weight is the mean over rewards. It does not depend on units or, if standardized, on a shift."""
     first, second = tensor(3.0, -4.0), tensor(0.0, 2.0)
     wanted = tensor((math.e + math.exp(-1)) / 2, (math.exp(-1) + math.e) / 2)
     torch.testing.assert_close(reward_tilt(torch.stack([first, second])), wanted, rtol=1e-14, atol=0)

@@ -71,7 +71,7 @@ def test_the_gradient_of_the_dmd_loss_is_two_grad_over_the_size() -> None:
 
 
 def test_loss_is_a_mean_without_a_half() -> None:
-    """Its target is a constant."""
+    """|| x0 - x_tar ||^2 is a mean over C, H, W, and x_tar a constant."""
     x0 = torch.zeros(SHAPE, dtype=torch.float64, requires_grad=True)
     x_tar = torch.full(SHAPE, 3.0, dtype=torch.float64, requires_grad=True)
     loss = dmd_loss(x0, x_tar)

@@ -140,7 +140,7 @@ def test_rl_gradient_is_in_the_span_of_the_group() -> None:
 
 
 def test_first_order_gain_is_the_limit_of_small_steps() -> None:
-    """Of the difference quotient, in float64: its error falls with s."""
+    """In float64 the difference quotient approaches it as s falls."""
     x0, step = torch.randn(SHAPE, dtype=torch.float64), torch.randn(3, *SHAPE, dtype=torch.float64)
     rewards = (lambda x: x.sigmoid().flatten(1).mean(1), lambda x: (x[:, 0] * x[:, 1]).sin().flatten(1).sum(1))
     own = x0.clone().requires_grad_()

@@ -36,7 +36,7 @@ def test_constant_r_is_its_running_mean() -> None:
 
 
 def test_constant_r_leaves_unscored_samples_out() -> None:
-    """... and survives a step without any score."""
+    """After a step without any score the running mean still works."""
     roles = tiny_roles()
     reward = Toy(unscored=(0, 1, 2, 3))
     method = control("constant", roles, reward)
@@ -47,7 +47,7 @@ def test_constant_r_leaves_unscored_samples_out() -> None:
 
 
 def test_indicator_keeps_improving_targets_only() -> None:
-    """Their weight is lambda, that of L_DMD."""
+    """Targets with r > 1/2 and unscored ones have weight lambda, the others 0."""
     roles, kept = tiny_roles(), []
     method = make("gdmd_ablation", roles, Toy(unscored=(3,)), group_size=3, control="indicator", dmd_weight=2.0)
     for update in updates(method, roles, role="student"):

@@ -129,7 +129,7 @@ def test_z_is_the_spread_of_the_rollouts(draws: int) -> None:
 
 
 def test_weights_are_logged() -> None:
-    """As their mean and the effective number of targets."""
+    """The log has their mean and the effective number of targets."""
     roles, count = tiny_roles(), 3 * 3
     for gamma, low, high in ((1e-6, count - 0.01, count + 0.01), (1e6, 3.0, 3.6)):
         method = tilted(roles, gamma=gamma)
@@ -212,7 +212,7 @@ def test_no_reward_gradient_without_scores_or_z() -> None:
 
 
 def test_two_rollouts_are_differentiated() -> None:
-    """Their scores come from the same decoding."""
+    """Score and gradient of a rollout come from one decoding."""
     roles, codec = tiny_roles(), ToyCodec()
     list(updates(tilted(roles, codec=codec, reward_gradient=WEIGHT), roles))
     assert [latents.requires_grad for latents in codec.shown] == [True, True, False]

@@ -63,7 +63,7 @@ def test_a_rollout_costs_one_pass_per_step() -> None:
 
 
 def test_counting_changes_nothing() -> None:
-    """... and counts only inside iterations."""
+    """Counted training equals plain training; calls outside an iteration are not counted."""
     plain, watched = tiny_roles(), tiny_roles()
     for step in range(2):
         for update in gdmd_iteration(plain, step):

@@ -113,7 +113,7 @@ def test_checkpointed_blocks_keep_their_role(folders: Path, name: str) -> None:
 
 
 def test_the_checkpointing_of_a_given_network_is_switched_off(folders: Path) -> None:
-    """Its recomputation does not know adapters: it would run with the one that was active last."""
+    """Its recomputation would use the adapter that is active in the backward pass, not that of the forward pass."""
     plain, family = roles_of(folders, "sdxl", checkpointing=False), copy.copy(opened(folders / "sdxl", "fp32"))
     family.net = copy.deepcopy(family.net)
     family.net.enable_gradient_checkpointing()

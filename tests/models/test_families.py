@@ -91,7 +91,7 @@ def test_teacher_sampling_equals_the_pipeline(folders: Path, name: str, size: tu
 
 
 def test_krea2_reads_the_time_in_its_dtype(folders: Path) -> None:
-    """As its pipeline rounds it, which moves a time in bf16 by up to two of 1000 training steps."""
+    """Its pipeline rounds t to that dtype; in bf16 this moves t by up to two of 1000 training steps."""
     family = opened(folders, "krea2", dtype="bf16").at_size(32, 64)
     noise, null = torch.randn(2, *family.latent_shape), family.encoder.null(2)
     path, cond = family.teacher_times(STEPS), family.encoder.encode(CAPTIONS)
@@ -113,7 +113,7 @@ def test_full_copy_in_bf16_starts_as_the_teacher(folders: Path, name: str) -> No
 
 @pytest.mark.parametrize("name", ["flux", "flux2_klein", "krea2", "qwen_image", "z_image"])
 def test_student_times_follow_the_size(folders: Path, name: str) -> None:
-    """As the exported scheduler shifts them in the stock pipeline, which reads the size of its call."""
+    """They are the times of the exported scheduler in the stock pipeline, called at the same size."""
     family, found = opened(folders, name), []
     family.pipe.scheduler = student_scheduler(family, UNIFORM)
     for height, width in ((32, 32), (64, 32)):

@@ -228,7 +228,7 @@ def test_key_formats_of_the_families(built: Callable[[str], Any], tmp_path: Path
 
 
 def test_alpha_in_the_header(built: Callable[[str], Any], tmp_path: Path) -> None:
-    """As ``save_lora_weights`` of diffusers writes it."""
+    """The header has the format of diffusers' ``save_lora_weights``."""
     pipe = built("sd3")
     own, expected = {}, {}
     for name, layer in layers(pipe, "attn.to_q").items():
@@ -288,7 +288,7 @@ def test_lost_layer_next_to_fused_ones(built: Callable[[str], Any], tmp_path: Pa
 
 
 def test_fused_layer_with_its_parts(built: Callable[[str], Any], tmp_path: Path) -> None:
-    """As some trainers of Z-Image write both."""
+    """Some trainers of Z-Image write both."""
     pipe = built("z_image")
     width = pipe.transformer.layers[0].attention.to_q.in_features
     rows = {"to.q": width, "to.k": width, "to.v": width, "qkv": 3 * width, "to_out.0": width, "out": width}

@@ -152,7 +152,7 @@ def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_where_two_would_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the teacher on (its numbers are published), with a set number of threads, on one core, on a GPU."""
+    """From scratch (its numbers are published), with a set number of threads, on one core, and on a GPU."""
     cfg = demo_recipe(None)
     monkeypatch.setattr(demo_work, "cores", lambda: 2)
     assert demo_work.two_processes(cfg, "cpu") and not demo_work.two_processes(cfg, "cuda")

@@ -99,7 +99,7 @@ def test_reward_server_may_move(tmp_path: Path, where: str) -> None:
 
 @pytest.mark.parametrize("recipe", ["dmd", "dmd_nft", "dmdr"])
 def test_baseline_of_an_older_version(tmp_path: Path, recipe: str) -> None:
-    """Its fake score learned from other samples: it would continue as another algorithm."""
+    """Its fake score learned from other samples, so it would continue as a different algorithm."""
     config = read_recipe(recipe, []).model_dump(mode="json")
     assert check_resumable(create(tmp_path / "new", config).path, None).name == recipe
     del config["method"]["fake_samples"]

@@ -132,7 +132,7 @@ def losses(components: Components, step: int) -> list[Tensor]:
 
 
 def test_resume_is_bit_exact(folders: Path, tmp_path: Path) -> None:
-    """With kept pairs of noise and ODE sample, whose sizes are those of the steps that made them."""
+    """The kept pairs of noise and ODE sample have the sizes of the steps in which they were made."""
     own = {
         "regression_weight": 0.25,
         "regression_steps": 2,

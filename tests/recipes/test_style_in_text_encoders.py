@@ -164,7 +164,7 @@ def test_resume_is_bit_exact(
 
 
 def test_another_weight_has_other_embeddings(styled: Path, folders: Path, tmp_path: Path) -> None:
-    """In the same folder: no run reads the embeddings of another LoRA or weight."""
+    """No run reads the embeddings of another LoRA or weight, even from the same folder."""
     settings = json.dumps([{"path": str(folders / "style.safetensors"), "weight": 0.2}])
     first = build(config_of(styled), "cpu").encoder
     other = build(config_of(styled, [f"model.teacher_loras={settings}"]), "cpu").encoder

@@ -168,7 +168,7 @@ def euler(folders: Path, turbo: Callable[[str], Path]) -> Callable[[str], Path]:
 def test_first_images_are_those_of_the_turbo_pipelines_own_call(
     name: str, euler: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """... with its scheduler and 4 steps; SD3's call has other times than ours, which the note names."""
+    """The call has its own scheduler and 4 steps; SD3's call has different times, which the note names."""
     words = [f"model.student={euler(name)}", "method.student_sampler=ode"]
     if name == "sd3":
         build(recipe(name, *words), "cpu")

@@ -115,7 +115,7 @@ class Counting:
 
 
 def test_the_setting_overrides_the_attribute_differentiable(tmp_path: Path) -> None:
-    """... as the error about a missing gradient says."""
+    """The error about a missing gradient advises this setting."""
     (tmp_path / "marked.py").write_text(
         "def mean(images, prompts):\n    return images.mean((1, 2, 3))\nmean.differentiable = True\n"
     )
@@ -138,7 +138,7 @@ def test_a_list_of_tensors_has_their_gradient() -> None:
 
 
 def test_a_function_may_compute_a_gradient_of_its_own() -> None:
-    """... of the images it gets, which other rewards score after it."""
+    """It may set requires_grad on the images, which the rewards after it also get."""
 
     def sharpness(images: Tensor, prompts: Any) -> Tensor:
         with torch.enable_grad():
@@ -329,7 +329,7 @@ def test_bound_arguments_are_part_of_the_identity() -> None:
 
 
 def test_variables_of_an_enclosing_function_are_part_of_the_identity() -> None:
-    """But not a counter of the function itself, with which a run in the same process could not be resumed."""
+    """A counter that the function sets is not: with it a run in the same process could not be resumed."""
 
     def made(factor: float, calls: int) -> Any:
         def reward(images: Tensor, prompts: Any) -> Tensor:
@@ -357,7 +357,7 @@ class Bounded:
 
 
 def test_settings_of_an_instance_are_part_of_the_identity() -> None:
-    """Also of an instance whose method is the reward; its counter is not."""
+    """This also holds for a bound method of an instance; a counter is not part of it."""
 
     def source(reward: Any) -> str | None:
         return CallableReward(reward, "bounded").config.source  # type: ignore[union-attr]
@@ -369,7 +369,7 @@ def test_settings_of_an_instance_are_part_of_the_identity() -> None:
 
 
 def test_the_program_finds_a_function_next_to_the_working_directory(tmp_path: Path) -> None:
-    """By the installed script, whose own folder is on the path instead."""
+    """The installed script has its own folder on the path instead of the working directory."""
     (tmp_path / "mine.py").write_text("def warm(images, prompts):\n    return [0] * len(imagess)\n")
     script = Path(sys.executable).with_name("gdmd")
     for target in ("mine.py:warm", "mine:warm"):

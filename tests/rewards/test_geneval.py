@@ -335,7 +335,7 @@ def test_drawn_prompts() -> None:
 
 
 def test_excluded_prompts_are_excluded_in_other_words_too() -> None:
-    """Or "a cat and a dog" would be trained on and "a dog and a cat" be tested."""
+    """Otherwise "a cat and a dog" could be trained on and "a dog and a cat" tested."""
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
     def other_words(task: Task) -> Task:

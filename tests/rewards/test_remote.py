@@ -203,7 +203,7 @@ def test_timeout_limits_the_whole_response(behave: Behavior) -> None:
     ],
 )
 def test_bad_responses_are_errors_at_once(content: bytes, status: int, message: str) -> None:
-    """Also with on_failure=skip: they will not get better."""
+    """This also holds for on_failure=skip, because a retry would not help."""
     with server(lambda handler, _: reply(handler, content, status)) as (url, seen):
         with pytest.raises(RemoteError, match=message) as error:
             client(url, on_failure="skip", max_unscored=1.0, timeout_s=5).score(images(2), prompts(2))

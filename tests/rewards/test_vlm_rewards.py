@@ -250,7 +250,7 @@ def test_geneval2_equals_the_published_evaluation(mean: Any) -> None:
 
 @pytest.mark.parametrize("make", [tiny_geneval2, tiny_hpsv3])
 def test_frequencies_of_positions_stay_exact(make: Any) -> None:
-    """As in from_pretrained; ``Module.to`` would round them to bf16."""
+    """They stay fp32, as in from_pretrained; ``Module.to`` would round them to bf16."""
     exact = [value.clone() for _, _, value in computed_buffers(make().loaded.net)]
     rounded = make(dtype="bf16").loaded.net
     assert len(exact) == 4 and any(not torch.equal(one, one.bfloat16().float()) for one in exact)
@@ -278,7 +278,7 @@ def test_prompts_without_questions(row: dict[str, Any], message: str) -> None:
 
 
 def test_training_prompts_without_questions_are_an_error() -> None:
-    """Before training, not when such a prompt is drawn."""
+    """The error comes before training, not when such a prompt is drawn."""
     spec = GenEval2Config()
     for specs in ([spec], [CompositeConfig.model_validate({"parts": [{"reward": spec.model_dump()}]})]):
         check_prompts(specs, ["a dog", "two cats"], [TASK, TASK])

@@ -45,7 +45,7 @@ def test_qwen_reads_whole_captions(pipes) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captions_have_different_embeddings(pipes, family: str) -> None:
-    """Also those that differ only in the order of their words."""
+    """This includes captions that differ only in the order of their words."""
     pair = ["a red circle and a blue square", "a blue circle and a red square"]
     embeds = family_of(pipes[family]).encoder.encode(pair)["embeds"]
     assert (embeds[0] - embeds[1]).square().mean() > 0.1

@@ -111,7 +111,7 @@ def test_resume_hint(
     ("first", "other", "code"), [(-9, 4, 137), (-9, -15, 137), (-9, 143, 137), (2, 4, 2), (-6, 4, 4)]
 )
 def test_exit_code_of_a_failed_run(first: int, other: int, code: int) -> None:
-    """That of the rank that failed before the others lost it; an abort is NCCL's timeout."""
+    """It is that of the rank that failed first; an abort is NCCL's timeout."""
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     failures = {rank: ProcessFailure(rank, 100 + rank, end, "") for rank, end in enumerate((other, first))}

@@ -201,7 +201,7 @@ def test_logged_rows(tmp_path: Path) -> None:
 
 
 def test_validation_uses_the_ema_weights(tmp_path: Path) -> None:
-    """Also a row for each validation: a separate one unless the step is logged anyway."""
+    """Each validation is logged in a row: in a separate one, unless the step is logged anyway."""
     seen: list[tuple[int, str, Tensor]] = []
     toy = Toy(tmp_path / "run", toy_config(7, ema=0.9, log_every=2))
     weight = toy.roles.student.layers[0].weight

@@ -85,7 +85,7 @@ def test_other_names_and_files_are_refused_before_the_run_folder(gdmd: Gdmd, giv
 
 
 def test_a_student_of_another_teacher_is_refused(gdmd: Gdmd) -> None:
-    """By the fingerprint that the file holds."""
+    """The file holds the teacher's fingerprint."""
     file = packed(gdmd)
     asset = load_asset(gdmd.assets / "shapes_teacher.safetensors")
     other = {name: tensor + 1 for name, tensor in asset.tensors.items()}
