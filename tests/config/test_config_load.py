@@ -99,7 +99,7 @@ def test_values_are_typed_and_frozen(tmp_path: Path) -> None:
         recipe.name = "other"  # type: ignore[misc]
 
 
-def test_overrides() -> None:
+def test_overrides_set_fields_at_any_depth() -> None:
     recipe = load(GOOD, "rewards.0.weight=-3", "loop.lr=2e-6", "notes.why=a=b", "method={kind: dmd_grpo}", "folder=x/y")
     assert recipe.rewards[0] == Clip(kind="clip", weight=-3)
     assert (recipe.loop.lr, recipe.notes, recipe.folder) == (2e-6, {"why": "a=b"}, "x/y")
@@ -288,7 +288,7 @@ def test_merge_keys_are_not_duplicates() -> None:
         (Finite, [-1, "-1e3"], [True, float("-inf"), "x"]),
     ],
 )
-def test_number_types(kind: object, good: list[object], bad: list[object]) -> None:
+def test_number_types_accept_and_reject_values(kind: object, good: list[object], bad: list[object]) -> None:
     adapter: TypeAdapter[float] = TypeAdapter(kind)
     for value in good:
         assert adapter.validate_python(value) == float(value)  # type: ignore[arg-type]

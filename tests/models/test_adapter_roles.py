@@ -193,7 +193,7 @@ def test_old_policy_of_another_network_is_an_error(folders: Path) -> None:
 
 
 @pytest.mark.parametrize("full", ["none", "fake"])
-def test_blended_teacher(folders: Path, full: str) -> None:
+def test_blended_teacher_goes_from_teacher_to_fake_score(folders: Path, full: str) -> None:
     roles = roles_of(folders, full=full)
     wake(roles, "fake", 1)
     at = states(roles)
@@ -391,7 +391,7 @@ def test_compiling_without_a_compiler_is_an_error(monkeypatch: pytest.MonkeyPatc
         require_compiler("cpu")
 
 
-def test_forward_chunk(folders: Path) -> None:
+def test_forward_chunk_splits_calls_without_gradient(folders: Path) -> None:
     whole, parts = roles_of(folders, forward_chunk=0), roles_of(folders, forward_chunk=2)
     for roles in (whole, parts):
         wake(roles, "student", 3)

@@ -61,7 +61,7 @@ def test_prompts_that_fit_are_not_reported(folders: Path, name: str) -> None:
     assert encoder.long_prompts(["", "a dog", "é" * (room // 4), "x" * (room - 2)]) is None
 
 
-def test_default_length(folders: Path) -> None:
+def test_readers_use_the_default_prompt_length(folders: Path) -> None:
     pipe = shared(tiny.saved(folders, "sana")).pipe
     (reader,) = readers_of(pipe)
     assert reader.room == 298  # of 300 two are the instruction's last token and the first of all

@@ -129,7 +129,7 @@ def same(found: Deltas, expected: Mapping[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_diffusers_keys(
+def test_diffusers_keys_change_their_layers(
     built: Callable[[str], Any], tmp_path: Path, text: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = built("sdxl")
@@ -357,7 +357,7 @@ def other_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         ),
     ],
 )
-def test_bad_files(
+def test_files_that_do_not_fit_change_nothing(
     built: Callable[[str], Any], tmp_path: Path, spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
 ) -> None:
     pipe = built("sdxl")
@@ -397,7 +397,7 @@ def test_partial_file_on_request(
         ({"something_new": {"on": 1}}, "something_new"),
     ],
 )
-def test_other_peft_adapters(
+def test_other_peft_adapters_are_refused(
     built: Callable[[str], Any], tmp_path: Path, changed: dict[str, Any], message: str
 ) -> None:
     pipe = built("sd3")

@@ -32,7 +32,7 @@ def sets(*overrides: str) -> list[str]:
     return [one for override in overrides for one in ("--set", override)]
 
 
-def test_demo(gdmd: Gdmd) -> None:
+def test_demo_trains_dmd_and_gdmd_and_reports_both(gdmd: Gdmd) -> None:
     arguments = ["demo", "--recipe", "shapes_smoke", *sets(*TINY), "--run", "demo"]
     finished = gdmd(*arguments, "--json")
     assert finished.code == 0, finished.err

@@ -33,7 +33,7 @@ def test_new_field_with_another_value(tmp_path: Path) -> None:
         check_resumable(older_run(tmp_path), None, ["loop.start_from=elsewhere"])
 
 
-def test_recipe_given_again(tmp_path: Path) -> None:
+def test_recipe_may_be_given_again_on_resume(tmp_path: Path) -> None:
     run = older_run(tmp_path)
     assert check_resumable(run, "shapes_smoke", ["loop.steps=9"]).loop.steps == 9
     with pytest.raises(

@@ -269,7 +269,7 @@ def test_plan_counts_the_largest_size(folders: Path) -> None:
         ({"sizes": [[32, 32], [30, 32]]}, "multiple of 8"),
     ],
 )
-def test_refused_sizes(folders: Path, given: dict[str, Any], message: str) -> None:
+def test_wrong_sizes_are_refused(folders: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny.config(folders, **given)
 

@@ -108,7 +108,9 @@ def test_training_reads_the_changed_embeddings(styled: Path, folders: Path) -> N
 
 
 @pytest.mark.parametrize("options", [(), ("--no-loras",), ("--merged",)])
-def test_exports(options: tuple[str, ...], styled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exports_draw_the_images_of_the_student(
+    options: tuple[str, ...], styled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export = tmp_path / "export"
     run_gdmd("export", styled, *options, "-o", export)
     roles = opened(styled)

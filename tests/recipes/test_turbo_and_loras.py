@@ -389,7 +389,7 @@ def test_start_from_a_run_with_other_loras(styled: Path, loras: Mapping[str, Pat
         check_start(recipe("sdxl", f"loop.start_from={styled}", *swapped))
 
 
-def test_frozen_networks_stay(turbo: Callable[[str], Path]) -> None:
+def test_only_trained_weights_require_gradients(turbo: Callable[[str], Path]) -> None:
     components = build(recipe("sdxl", f"model.student={turbo('sdxl')}"), "cpu")
     roles: Any = components.roles
     nets = roles.backbone_nets()

@@ -121,7 +121,7 @@ def train(gdmd: Gdmd, function: str, *words: str, more: str = "") -> Finished:
         ("numbers", "marked differentiable, but its scores carry no gradient"),
     ],
 )
-def test_errors_of_functions(module: Path, function: str, message: str) -> None:
+def test_errors_of_functions_name_the_function(module: Path, function: str, message: str) -> None:
     reward = CallableReward.from_config(CallableConfig(target=f"mine:{function}", differentiable=function == "numbers"))
     with pytest.raises(ValueError) as error:
         reward.score(random_images(2, 8, 8).requires_grad_(), prompt_batch("ab"))

@@ -88,7 +88,7 @@ def test_columns_that_the_function_has_a_parameter_for() -> None:
         score(needs)
 
 
-def test_pil_images() -> None:
+def test_functions_can_ask_for_pil_images() -> None:
     def width(images: Any, prompts: Any) -> list[float]:
         assert all(isinstance(image, Image.Image) for image in images)
         return [image.width for image in images]

@@ -160,7 +160,7 @@ def published_file(net: Any, head: Any, old_names: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("old_names", [True, False])
 @torch.no_grad()
-def test_converted_hpsv3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_names: bool) -> None:
+def test_converted_hpsv3_equals_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_names: bool) -> None:
     net, words, head = hpsv3_parts()
     config = hpsv3_config(len(words.tokenizer), net.config.image_token_id)
     monkeypatch.setattr(convert_module, "CONFIG", config)
@@ -258,7 +258,7 @@ def test_frequencies_of_positions_stay_exact(make: Any) -> None:
     assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
 
 
-def test_spellings() -> None:
+def test_spellings_of_an_answer() -> None:
     assert set(spellings("seven")) == {"seven", "Seven", " seven", " Seven", "7", " 7"}
     assert set(spellings("Yes")) == {"yes", "Yes", " yes", " Yes"}
 
@@ -272,7 +272,7 @@ def test_spellings() -> None:
         ({"vqa_list": [["Is it red?", " "]]}, "with an answer of one word"),
     ],
 )
-def test_prompts_without_questions(row: dict[str, Any], message: str) -> None:
+def test_prompts_without_questions_are_an_error(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_geneval2().score(random_images(1), prompt_batch(["a red dog"], [row]))
 

@@ -80,7 +80,7 @@ def test_truth_beats_gray() -> None:
     assert best.frechet < worst.frechet
 
 
-def test_json_form() -> None:
+def test_json_has_the_public_fields() -> None:
     made = evaluate(Sampler("truth", 4, truth), pixel_components(), CFG, [HELDOUT, HalfScored()])
     public = made.json()
     assert set(public) == {
@@ -118,7 +118,7 @@ def test_diversity_needs_pairs() -> None:
     assert math.isnan(made.diversity) and made.json()["diversity"] is None
 
 
-def test_evaluate_errors() -> None:
+def test_missing_scorer_and_broken_images_are_errors() -> None:
     with pytest.raises(ValueError, match="shapes_clip_heldout"):
         evaluate(Sampler("gray", 1, gray), pixel_components(), CFG, [HalfScored()])
     broken = Sampler("sick", 1, lambda texts, rng: gray(texts, rng) * torch.nan)

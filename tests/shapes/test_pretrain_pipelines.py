@@ -101,7 +101,7 @@ def test_pipeline_folder(family: str, tmp_path: Path) -> None:
     assert image.size == (32, 32)
 
 
-def test_unknown_family(tmp_path: Path) -> None:
+def test_unknown_family_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got 'sd35'; name sd3, sdxl or flux2_klein"):
         list(pretrain("pipeline", None, None, tmp_path, False, [], "sd35", Console(quiet=True)))
 

@@ -42,7 +42,7 @@ def untrained(kind: Kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_and_gradients(kind: Kind):
+def test_scores_have_a_gradient_to_the_images_only(kind: Kind):
     scorer, images = untrained(kind), renders().requires_grad_()
     scores = scorer.score(images, batch_of(TEXTS))
     assert scores.shape == (4,) and scores.dtype == torch.float32 and scorer.differentiable and scorer.name == kind
@@ -66,7 +66,7 @@ def test_captions_are_encoded_once(kind: Kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batch_independence(kind: Kind):
+def test_scores_do_not_depend_on_the_batch(kind: Kind):
     scorer, images = untrained(kind), renders()
     together = scorer.score(images, batch_of(TEXTS))
     alone = torch.cat([scorer.score(images[i : i + 1], batch_of(TEXTS[i : i + 1])) for i in range(4)])
@@ -74,7 +74,7 @@ def test_batch_independence(kind: Kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fp32_inside_autocast(kind: Kind):
+def test_scores_are_fp32_inside_autocast(kind: Kind):
     scorer, images = untrained(kind), renders()
     with torch.autocast("cpu", torch.bfloat16):
         inside = scorer.score(images, batch_of(TEXTS))
@@ -89,7 +89,7 @@ def test_broken_image_is_named(kind: Kind):
         untrained(kind).score(images, batch_of(TEXTS))
 
 
-def test_input_errors():
+def test_wrong_inputs_are_errors():
     scorer = untrained("shapes_clip")
     with pytest.raises(ValueError, match=r"\[B, 3, 32, 32\], got \[4, 3, 64, 64\]"):
         scorer.score(torch.zeros(4, 3, 64, 64), batch_of(TEXTS))
@@ -107,7 +107,7 @@ def test_clip_score_is_a_cosine():
     assert scorer.score(renders(), batch_of(TEXTS)).abs().max() <= 1
 
 
-def test_asset_errors(tmp_path: Path):
+def test_wrong_assets_are_errors(tmp_path: Path):
     with pytest.raises(ValueError, match="these tensors are not a shapes_pref"):
         load_scorer("shapes_pref", build_net("shapes_clip").state_dict())
     with pytest.raises(ValueError, match="cannot be read"):
@@ -117,7 +117,7 @@ def test_asset_errors(tmp_path: Path):
         from_asset(tmp_path / "shapes_clip.safetensors")
 
 
-def test_hard_negatives():
+def test_hard_negatives_share_task_and_split():
     table = catalog()
     near, count = hard_negatives("train")
     train = torch.nonzero((table.split == SPLITS.index("train")) | (table.split == ANY))[:, 0]
@@ -185,7 +185,7 @@ def test_shipped_scorers_generalize(kind: Kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shipped_scorer_metadata(kind: Kind):
+def test_shipped_scorers_record_their_command(kind: Kind):
     from gdmd.runs.assets import load_asset
 
     path = ASSETS / f"{kind}.safetensors"

@@ -139,7 +139,9 @@ def test_module_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (["--restarts", "2"], "--restarts needs --gpus N"),
     ],
 )
-def test_launch_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_wrong_launch_options_create_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["train", "shapes_smoke", *arguments, "--run", str(tmp_path / "run")])
     assert stopped.value.code == 2 and not (tmp_path / "run").exists()

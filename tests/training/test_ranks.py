@@ -202,7 +202,7 @@ def test_logged_statistics_of_the_global_batch(runs: Path, name: str) -> None:
             assert ranks[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6, nan_ok=True), key
 
 
-def test_indivisible_batch() -> None:
+def test_indivisible_batch_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"loop.batch_size = 9 does not divide among 2 ranks; use a multiple of 2"):
         DistributedContext(RankInfo(0, 2)).local_slice(9)
 
@@ -218,7 +218,7 @@ def test_indivisible_batch() -> None:
         ),
     ],
 )
-def test_incomplete_environment(given: dict[str, str], what: str) -> None:
+def test_incomplete_environment_is_an_error(given: dict[str, str], what: str) -> None:
     assert rank_info({}) == rank_info({"RANK": "0", "WORLD_SIZE": "1"}) == RankInfo()
     with pytest.raises(ValueError, match=what):
         rank_info(given)

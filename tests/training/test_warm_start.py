@@ -49,7 +49,7 @@ def test_student_starts_from_the_ema(finished: Path, tmp_path: Path) -> None:
     assert states["student"].updates == 0
 
 
-def test_student_without_ema(tmp_path: Path) -> None:
+def test_start_from_a_student_without_ema(tmp_path: Path) -> None:
     Toy(tmp_path / "first", toy_config(5, ema=0.0)).train()
     states = role_states((toy := Toy(tmp_path / "run", toy_config())).roles, toy.cfg)
     assert "EMA" not in warm_start(str(tmp_path / "first"), states, SINGLE_PROCESS, {})
@@ -148,6 +148,6 @@ def test_another_network_is_found_from_headers(finished: Path, tmp_path: Path, m
         check_roles(str(finished), tiny_roles())
 
 
-def test_another_network(finished: Path) -> None:
+def test_start_from_another_network_is_an_error(finished: Path) -> None:
     with pytest.raises(ValueError, match="do not fit the student of loop.start_from"):
         warm_start(str(finished), role_states(tiny_roles(), toy_config()), SINGLE_PROCESS, {})
