@@ -10,8 +10,8 @@ tau is re-noised to tau, x_tau' = alpha x0 + sigma n, and the student predicts f
 that x0.
 
 DynaDG with full copies: the paper has one frozen base model whose LoRA, at scale 2, is the fake score; the real score
-is that base model with the same LoRA at scale .5 c. For copies that is the interpolation of *weights*,
-teacher + (.5 / 2) c (fake - teacher), in both of the guidance passes. Interpolating predictions would only be a
+is that base model with the same LoRA at scale 0.5 c. For copies that is the interpolation of *weights*,
+teacher + (0.5 / 2) c (fake - teacher), in both of the guidance passes. Interpolating predictions would only be a
 first-order approximation, and would leave out the unconditional pass.
 """
 

@@ -62,7 +62,7 @@ def kind_of(scheduler: Any) -> Kind:
     name, config = type(scheduler).__name__, scheduler.config
     if name in _SHIFTED:
         return "flow"
-    if name in _EDM or config.get("timestep_type") == "continuous":  # both read .25 log sigma as the network's time
+    if name in _EDM or config.get("timestep_type") == "continuous":  # both read 0.25 log sigma as the network's time
         return "edm"
     if name in _SOLVERS and (config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"):
         return "flow"

@@ -20,7 +20,7 @@ class Ema:
     """shadow <- d shadow + (1 - d) parameter after each update, shadow = the initial parameters before the first.
 
     d = decay, or min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ... when ``warmup`` is on.
-    The shadow is fp32 (float64 for float64 parameters): at decay .999 half precision would not move at all.
+    The shadow is fp32 (float64 for float64 parameters): at decay 0.999 half precision would not move at all.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ def test_tilt_of_one_reward() -> None:
 
 
 def test_the_literal_tilt_hardly_uses_rewards_and_the_standardized_one_does() -> None:
-    """Scores of PickScore's size (.22 +- .01 as cosines) at a batch of 32."""
+    """Scores of PickScore's size (0.22 +- 0.01 as cosines) at a batch of 32."""
     r = 0.22 + 0.01 * np.random.default_rng(0).standard_normal(32)
     literal, used = (reward_tilt(torch.tensor(r)[None], unit=unit).numpy() for unit in ("norm", "std"))
     assert literal.mean() == pytest.approx(1.19, abs=0.01) and literal.std() / literal.mean() < 0.02
