@@ -139,7 +139,7 @@ def _batches(
 
 
 def _decode(components: Components, latents: Tensor) -> Tensor:
-    """As saved: clipped to [0, 1]."""
+    """Decoded images, clipped to [0, 1] as when they are saved."""
     return components.codec.decode(latents).float().clamp(0, 1)
 
 

@@ -73,7 +73,7 @@ def _places(layers: Iterable[nn.Module]) -> list[tuple[dict[str, Any], str]]:
 
 
 def called_children(module: nn.Module) -> Iterator[nn.Module]:
-    """Its children, and those of its lists of modules, which are not called themselves."""
+    """The children of a module that are called: a ModuleList is not, so its own children take its place."""
     for child in module.children():
         yield from called_children(child) if isinstance(child, nn.ModuleList) else (child,)
 

@@ -58,7 +58,7 @@ class VpSchedule:
     _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def betas(self) -> Tensor:
-        """Before any rescaling. [T], float64"""
+        """The betas before any rescaling. [T], float64"""
         if self.trained_betas:
             return torch.tensor(self.trained_betas, dtype=torch.float64)
         match self.beta_schedule:
@@ -112,7 +112,7 @@ def _coefficients(x_t: Tensor, t: Tensor, schedule: Schedule) -> tuple[Tensor, T
 
 
 def widen(x: Tensor) -> Tensor:
-    """At least fp32: half precision is raised, float64 (tests) stays."""
+    """``x`` in at least fp32: half precision is converted, float64 (in tests) stays."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

@@ -110,7 +110,7 @@ class Distillation(Generic[AnyConfig]):
     native: Native  # what the fake score's network predicts
     real_latents: RealLatents | None = None
     constructed: Constructed | None = field(default=None, init=False)
-    """Of the last iteration, for ``methods.gains``; None for methods that do not keep it."""
+    """The target of the last iteration, for ``methods.gains``; None for methods that do not keep it."""
     _stats: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()

@@ -145,7 +145,7 @@ class FlowSettings:
     terminal: float | None = None
 
     def timesteps(self, tokens: int, mu: float | None = None) -> FlowTimesteps:
-        """For an image of ``tokens`` patches. ``mu`` overrides the linear formula, for pipelines with a different one."""
+        """The times for an image of ``tokens`` patches; ``mu`` replaces the linear formula for some pipelines."""
         if not self.dynamic:
             return FlowTimesteps(self.shift, self.terminal)
         if mu is None:

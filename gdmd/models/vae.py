@@ -51,7 +51,7 @@ class VaeCodec:
             self._shift = torch.tensor(config["latents_mean"]).reshape(-1, 1, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """With gradient to the latents. [B, C, h, w] -> [B, 3, H, W], fp32"""
+        """Decode, with gradient to the latents. [B, C, h, w] -> [B, 3, H, W], fp32"""
         z = self.to_vae(latents)
         with torch.autocast(latents.device.type, enabled=False):
             images = [self.decode_chunk(part.to(self.vae.dtype)) for part in torch.split(z, self.chunk)]

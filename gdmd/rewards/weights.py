@@ -31,7 +31,7 @@ CONFIG = "config.json"
 """Exists in every repository that a reward is loaded from."""
 ADVICE = "check id, revision and network, or give a local folder as path"
 CONVERTED = "converted.json"
-"""In a converted folder: the origin of its tensors."""
+"""The file in a converted folder that records the origin of its tensors."""
 
 
 @dataclass(frozen=True)

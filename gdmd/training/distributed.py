@@ -35,7 +35,7 @@ BUCKET = 1 << 24
 STARTUP_TIMEOUT = 3600.0
 """Seconds that ranks wait for each other before training: rank 0 may encode all captions meanwhile."""
 ROLL_CALL_SECONDS = 10.0
-"""After a failed message: how long the ranks that still answer are counted."""
+"""How long rank 0 waits, after a failed message, for the ranks that still answer."""
 
 
 class RanksError(ValueError):

@@ -19,7 +19,7 @@ from gdmd.shapes.grammar import catalog
 SIZE = 32
 """Pixels along a side of an image."""
 CHANNELS = 8
-"""Of a latent, which has a quarter of the image's side."""
+"""Channels of a latent, whose side is a quarter of the image's."""
 GRID = SIZE // 4
 CLIP_TOKENS = 10
 """Positions of the CLIP encoders: a caption of seven words, the start and the end."""
