@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 
 _BLOCK = re.compile(r"^((\w*(blocks|attentions|resnets|layers|refiner)\.\d+|mid_block)\.)+")
-"""The block of a layer, in front of its name inside."""
+"""The name of a layer's block, which precedes the layer's name inside the block."""
 
 
 class Ema:
