@@ -187,7 +187,7 @@ def _unknown_key(at: _Location, fields: Sequence[str], overrides: Mapping[tuple[
     if meant := (argument_named(key, setters, known) if setters else "") or similar_fields(key, known, fields):
         return f"unknown key{meant}"
     if len(known) <= MOST_KEYS:
-        return f"unknown key; known are: {', '.join(known)}"
+        return f"unknown key; known keys are: {', '.join(known)}"
     return "unknown key; `gdmd recipes RECIPE` prints every key of a recipe"
 
 
@@ -201,13 +201,13 @@ def _extras(model: type[BaseModel]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _other_value(got: str, known: Sequence[str]) -> str:
     """'; did you mean ...?' if a known value is near, else all of them."""
     meant = near(got, known)
-    return f"; did you mean '{meant[0]}'?" if meant else f"; known are: {', '.join(known)}"
+    return f"; did you mean '{meant[0]}'?" if meant else f"; known values are: {', '.join(known)}"
 
 
 def _without_kind(at: _Location, value: Any, override: str | None) -> str:
     if override and isinstance(value, str) and any("path" in model.model_fields for model in at.models):
         return f"should be a mapping; write {_assignment((*at.path, 'path'), value, True)}"
-    return f"the key 'kind' is missing; write {{kind: ..., ...}}; known are: {', '.join(kinds(at.models))}"
+    return f"the key 'kind' is missing; write {{kind: ..., ...}}; known kinds are: {', '.join(kinds(at.models))}"
 
 
 def _as_list(at: _Location, value: Any, override: str | None) -> str:
@@ -225,7 +225,7 @@ def _as_list(at: _Location, value: Any, override: str | None) -> str:
 
 def _as_kind(value: Any, known: Sequence[str]) -> str:
     meant = _section(value, known) if isinstance(value, str) else None
-    return f"; write {meant}" if meant else f"; known are: {', '.join(known)}"
+    return f"; write {meant}" if meant else f"; known kinds are: {', '.join(known)}"
 
 
 def _as_mapping(at: _Location, value: Any, override: str | None) -> str:

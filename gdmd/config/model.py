@@ -297,7 +297,7 @@ class DiffusersModel(Config):
             )
 
     def _shapes_mistakes(self) -> Iterator[str]:
-        """A pipeline of the Shapes world knows one size and one length of captions."""
+        """A pipeline of the Shapes world was trained on one image size and one length of captions."""
         trained = read_shapes_pipeline(self.path)
         names = ("height", "width", "max_tokens") if trained and trained.max_tokens else ("height", "width")
         wanted = {name: getattr(trained, name) for name in names} if trained else {}

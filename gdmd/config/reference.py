@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 REQUIRED, NESTED = "required", "see below"
-"""In place of a default: the field has none; it is a section with fields."""
+"""Shown in place of a default: the field has none, or it is a section with fields."""
 WIDTH = 80
 
 

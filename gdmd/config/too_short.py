@@ -1,4 +1,4 @@
-"""What a run sets but is too short to reach: a later stage, the full learning rate, an average without its start."""
+"""What a run sets but is too short to reach: a later stage, the full learning rate, a settled EMA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gdmd.config.run import RunConfig
 TRIAL = 100
 """Student updates below which a run is a trial: its EMA is not judged."""
 MOSTLY = 0.5
-"""Share of the initial weights in the EMA, above which it is mostly them."""
+"""Share of the initial weights in the EMA above which the run is reported."""
 
 
 def too_short(cfg: RunConfig) -> Iterator[str]:

@@ -114,7 +114,7 @@ class LoopConfig(Config):
     push_checkpoints: str = Field(
         "",
         description="Hub repository ORG/NAME that gets each new checkpoint in place of the last one, uploaded in the "
-        "background; a new repository is private. A failed upload is a message; the next checkpoint is uploaded then, and "
+        "background; a new repository is private. A failed upload is reported and the next checkpoint uploaded instead; "
         'the last one is tried again at the end. Default "": checkpoints stay on this machine.',
     )
     precision: Literal["fp32", "bf16"] = Field(

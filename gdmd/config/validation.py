@@ -11,12 +11,12 @@ from gdmd.config.base import Config, Count, NonNegativeCount
 from gdmd.config.rewards import RewardConfig
 
 PREFIX = "validation/"
-"""Of the keys of metrics.jsonl: validation/LABEL of the student, validation/teacher/LABEL of the teacher, logged once.
+"""Prefix of keys in metrics.jsonl: validation/LABEL (student) and validation/teacher/LABEL (teacher, logged once).
 
 With model.sizes there is also a key of each size, whose LABEL is ``at_size``."""
 TEACHER = f"{PREFIX}teacher/"
 DIVERSITY = "images/diversity"
-"""In place of LABEL: mean 1 - cosine of the image features of two images of one prompt, mean over prompts."""
+"""The LABEL of diversity: mean 1 - cosine of the image features of two images of one prompt, mean over prompts."""
 FEATURES = ("shapes_clip_heldout", "clip", "shapes_clip")
 """Kinds of rewards with image features, in the order in which diversity uses them."""
 

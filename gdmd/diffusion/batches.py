@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def batch_size(batch: Any) -> int:
-    """The samples of a batch: the first dimension of its first tensor that has one."""
+    """The number of samples in a batch: the first dimension of its first tensor that has one."""
     for leaf in _tensors(batch):
         if leaf.ndim:
             return leaf.shape[0]

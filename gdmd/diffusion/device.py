@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By their names in a configuration."""
+"""The dtypes by their names in a configuration."""
 MakeError = Callable[[list[int]], Exception]
 """The error of a check, from the positions where it failed."""
 

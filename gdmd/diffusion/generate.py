@@ -110,7 +110,7 @@ def images_of(sampler: Sampler, components: Components, texts: Sequence[str], se
 def generate(
     sampler: Sampler, components: Components, texts: Sequence[str], seed: int, batch: int = BATCH
 ) -> Generation:
-    """The same images, timed: median over the batches of equal size, after an untimed call."""
+    """The images of ``images_of``, with the median speed of the full batches; a first call is not timed."""
     device = _device(components)
     for own, rng in _batches(texts[:WARM_UP], seed, WARM_UP, device):
         _decode(components, sampler.latents(own, rng))
@@ -139,7 +139,7 @@ def _batches(
 
 
 def _decode(components: Components, latents: Tensor) -> Tensor:
-    """As saved: clipped to [0, 1]."""
+    """Decoded images, clipped to [0, 1] as when they are saved."""
     return components.codec.decode(latents).float().clamp(0, 1)
 
 

@@ -35,7 +35,7 @@ class KeepTokenNorm:
         return Prediction(cond.x0 + sigma * moved, cond.eps - (1 - sigma) * moved)
 
     def _norm(self, v: Tensor) -> Tensor:
-        """Of every token, at each of its positions. [B, C, H, W] -> [B, 1, H, W]"""
+        """The norm of every token, at each of its positions. [B, C, H, W] -> [B, 1, H, W]"""
         b, c, h, w = v.shape
         p = self.patch
         lengths = v.reshape(b, c, h // p, p, w // p, p).square().sum((1, 3, 5)).sqrt()

@@ -1,8 +1,8 @@
 """Frozen weights that are in host memory, and on the device only while their module computes.
 
-A layer's weights are replaced by copies and put back; no tensor is changed. What autograd has saved for a backward pass are
-the copies, so that gradients are right with and without activation checkpointing. With checkpointing the copies of a
-block live until its backward pass is done, without it those of all blocks do. diffusers' group offloading moves the data of
+A layer's weights are replaced by copies and put back; no tensor is changed. Autograd saves the copies for the backward
+pass, so gradients are right with and without activation checkpointing. With checkpointing the copies of a block live
+until its backward pass is done, without it those of all blocks do. diffusers' group offloading moves the data of
 the weights instead: a backward pass reads weights that have left, a recomputation that stops early (as torch's does)
 leaves its block on the device, and adapters move too, away from their gradients and optimizer state.
 """
@@ -73,13 +73,13 @@ def _places(layers: Iterable[nn.Module]) -> list[tuple[dict[str, Any], str]]:
 
 
 def called_children(module: nn.Module) -> Iterator[nn.Module]:
-    """Its children, and those of its lists of modules, which are not called themselves."""
+    """The children of a module that are called: a ModuleList is not, so its own children take its place."""
     for child in module.children():
         yield from called_children(child) if isinstance(child, nn.ModuleList) else (child,)
 
 
 class _PerCall(Offloaded):
-    """Its hooks. Methods, so that the copy of a network has copies of them."""
+    """The forward hooks of an offloaded module. They are methods, so that a copied network gets its own."""
 
     def before(self, module: nn.Module, inputs: Any) -> None:
         self.__enter__()
@@ -89,6 +89,6 @@ class _PerCall(Offloaded):
 
 
 def _pin(host: Tensor) -> None:
-    """In place, for plain tensors; a quantized weight is copied from pageable memory."""
+    """Pin a plain tensor in place; a quantized weight stays in pageable memory."""
     if type(host) in (Tensor, nn.Parameter):
         host.data = host.data.pin_memory()

@@ -16,8 +16,7 @@ class Reader:
     """A text encoder and its limit of tokens.
 
     limit: token ids that it reads. tokens: prompts -> all ids without a limit, those of a template around the prompt
-    included. plain: whether the ids come from the bare tokenizer, which
-    keeps the end mark where it cuts.
+    included. plain: whether the ids come from the bare tokenizer, which keeps the end token when it truncates.
     """
 
     name: str
@@ -38,7 +37,7 @@ class Reader:
         return self.limit - self.head - (self.tail if self.plain else 0)
 
     def reaching(self, texts: Sequence[str]) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Prompts that fill the room or more: how many tokens they have, and the ids that are read."""
+        """Prompts of at least ``room`` tokens: how many tokens they have, and the ids that are read."""
         spare = self.limit - self.head - self.tail - 8
         # a token of ASCII text has one character or more: most prompts need not be tokenized
         wanted = [text for text in texts if not (text.isascii() and len(text) <= spare)]
@@ -87,7 +86,7 @@ def _line(reader: Reader, longer: Mapping[str, int]) -> str:
 
 
 def _same(cut: Mapping[str, None], reached: Sequence[Mapping[str, tuple[int, tuple[int, ...]]]]) -> Sequence[str]:
-    """Prompts that cannot be told apart after the cut. Those that do not reach a reader's limit differ there."""
+    """Prompts that are equal after truncation, for every reader; a reader that reads them whole tells them apart."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for text in dict.fromkeys(text for found in reached for text in found):
         groups.setdefault(tuple(found[text][1] if text in found else text for found in reached), []).append(text)
@@ -95,7 +94,8 @@ def _same(cut: Mapping[str, None], reached: Sequence[Mapping[str, tuple[int, tup
     if not shared:
         return ()
     first, second = (f"{'...' if len(text) > SHOWN else ''}{text[-SHOWN:]}" for text in shared[0][:2])
-    return (f"  {sum(map(len, shared))} different prompts are the same to it, for example {first!r} and {second!r}",)
+    count = sum(map(len, shared))
+    return (f"  {count} different prompts are the same after truncation, for example {first!r} and {second!r}",)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -45,8 +45,8 @@ class VpSchedule:
 
     Betas are "linear", "scaled_linear" (linear in their roots) or "squaredcos_cap_v2" (arXiv 2102.09672), or given as
     ``trained_betas``. ``zero_snr`` rescales them so that the last step is pure noise (arXiv 2305.08891, algorithm 1).
-    Between two training steps the log-SNR is interpolated linearly, so that alpha^2 + sigma^2 = 1 everywhere; before a
-    last step of pure noise, where it is infinite, alpha. t < 0 is before the first step: clean data.
+    Between two training steps the log-SNR is interpolated linearly, so that alpha^2 + sigma^2 = 1 everywhere. Before a
+    last step of pure noise, where the log-SNR is infinite, alpha is. t < 0 is before the first step: clean data.
     """
 
     beta_start: float = 0.00085
@@ -58,7 +58,7 @@ class VpSchedule:
     _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def betas(self) -> Tensor:
-        """Before any rescaling. [T], float64"""
+        """The betas before any rescaling. [T], float64"""
         if self.trained_betas:
             return torch.tensor(self.trained_betas, dtype=torch.float64)
         match self.beta_schedule:
@@ -82,9 +82,9 @@ class VpSchedule:
         return log_bar - torch.log(-torch.expm1(log_bar))
 
     def _table(self, device: torch.device) -> Tensor:
-        """``_log_snr``, computed once for every device."""
+        """``_log_snr``, computed once per device."""
         if device not in self._tables:
-            with torch.inference_mode(False):  # a table made inside could not be used in training
+            with torch.inference_mode(False):  # a table made in inference mode could not be used in training
                 self._tables[device] = to_device_async(self._log_snr(), device)
         return self._tables[device]
 
@@ -112,7 +112,7 @@ def _coefficients(x_t: Tensor, t: Tensor, schedule: Schedule) -> tuple[Tensor, T
 
 
 def widen(x: Tensor) -> Tensor:
-    """At least fp32: half precision is raised, float64 (tests) stays."""
+    """``x`` in at least fp32: half precision is converted, float64 (in tests) stays."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

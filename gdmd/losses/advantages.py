@@ -12,8 +12,8 @@ from torch import Tensor
 class RunningScale:
     """Z_k: bias-corrected EMA of the standard deviation of each reward, current batch included.
 
-    about_zero: of its root mean square instead, for numbers that are differences already.
-    State: ``mean`` [R] the raw EMA and ``weight`` 0-d the mass it has seen (1 - decay^n); both are saved.
+    about_zero: EMA of the root mean square instead, for numbers that are differences already.
+    State: ``mean`` [R], the raw EMA, and ``weight`` [R], its total weight 1 - decay^n after n updates; both are saved.
     """
 
     def __init__(self, rewards: int, decay: float = 0.99, *, about_zero: bool = False) -> None:

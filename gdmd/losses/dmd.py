@@ -8,7 +8,7 @@ from torch import Tensor
 from gdmd.losses.denoising import mean_square
 
 SMALLEST_NORMALIZER = 1e-6
-"""Floor of n: a teacher that reproduces x0 to 1e-6 leaves nothing to learn, and 0 / 0 must not end a run."""
+"""Floor of n: where the teacher reproduces x0 to 1e-6 there is nothing to learn, and 0 / 0 would be NaN."""
 
 
 def normalizer(x0: Tensor, x0_real: Tensor) -> Tensor:

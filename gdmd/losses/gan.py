@@ -15,5 +15,8 @@ def discriminator_loss(logit_real: Tensor, logit_student: Tensor) -> Tensor:
 
 
 def generator_loss(logit_student: Tensor) -> Tensor:
-    """softplus(-D(student)) = -log s(D(student)) per sample [B]. Gradient: -s(-D), which does not die where D wins."""
+    """softplus(-D(student)) = -log s(D(student)) per sample [B].
+
+    Gradient: -s(-D), which does not vanish where the head is certain that an image is the student's.
+    """
     return softplus(-logit_student)

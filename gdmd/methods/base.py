@@ -29,12 +29,12 @@ class RealLatents(Protocol):
 
 @dataclass(frozen=True)
 class ImageSize:
-    """An image size in pixels, and what follows it."""
+    """An image size in pixels, and what depends on it."""
 
     height: int
     width: int
     latent_shape: tuple[int, int, int]
-    student_steps: tuple[float, ...]  # through the shift of this size
+    student_steps: tuple[float, ...]  # after the timestep shift of this size
     teacher_times: Callable[[int], Tensor]  # number of ODE steps -> their times
     real_latents: RealLatents | None = None
 
@@ -57,7 +57,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class FakeBatch:
-    """A batch of the fake score's own denoising loss."""
+    """A batch for the fake score's denoising loss."""
 
     x0: Tensor
     x_t: Tensor
@@ -86,7 +86,7 @@ class DmdScores:
 
 @dataclass(frozen=True)
 class Constructed:
-    """What the student updates of an iteration aim at: x_tar, where their loss is least, in place of the rollout's x0."""
+    """The target that an iteration has built for a rollout: x_tar, where the loss of its student updates is least."""
 
     rollout: Rollout
     x_tar: Tensor  # [B, C, H, W]
@@ -110,12 +110,12 @@ class Distillation(Generic[AnyConfig]):
     native: Native  # what the fake score's network predicts
     real_latents: RealLatents | None = None
     constructed: Constructed | None = field(default=None, init=False)
-    """Of the last iteration, for ``methods.gains``; None for methods that do not keep it."""
+    """The target of the last iteration, for ``methods.gains``; None for methods that do not keep it."""
     _stats: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def rollout(self, prompts: PromptBatch, rng: SampleRng) -> Rollout:
-        """x_tau by backward simulation or from real data, then x0 = S(G(x_tau, tau, c))."""
+        """x_tau by backward simulation or from real data, then x0 = G(x_tau, tau, c)."""
         stop = self._draw_steps(rng.on_host(), len(self.cfg.student_steps))
         tau = to_device_async(torch.tensor(self.cfg.student_steps)[stop], rng.index.device)
         noise = rng.normal("noise", self.latent_shape)
@@ -139,7 +139,7 @@ class Distillation(Generic[AnyConfig]):
         self.cfg = self.cfg.model_copy(update={"student_steps": size.student_steps})
 
     def _draw_steps(self, rng: SampleRng, steps: int) -> Tensor:
-        """[B] int64. Per sample, or for all the draw of sample number 0, which every rank can make."""
+        """Step indices [B] int64: drawn per sample, or once, as the draw of sample 0, which every rank can repeat."""
         if self.cfg.step_draw == "sample":
             return rng.integer("tau", steps)
         return replace(rng, index=torch.zeros_like(rng.index)).integer("tau", steps)
@@ -174,7 +174,7 @@ class Distillation(Generic[AnyConfig]):
         return DmdScores(real_score(x_t, t, r.real_cond).x0, self.roles.fake(x_t, t, r.cond).x0)
 
     def fake_time(self, rng: SampleRng, i: int) -> Tensor:
-        """t of the fake score's training, draw i, U(0, 1). [B]"""
+        """t of draw i of the fake score's training, U(0, 1). [B]"""
         return rng.uniform("fake_t", i)
 
     def renoise_time(self, rng: SampleRng, i: int) -> Tensor:

@@ -23,8 +23,11 @@ class Baseline(Distillation[AnyBaseline], Generic[AnyBaseline]):
     def fake_updates(
         self, r: Rollout, prompts: PromptBatch, rng: SampleRng, students: int = 1, trained: Rollout | None = None
     ) -> Generator[Update, None, list[StudentBatch]]:
-        """The updates of one iteration; each of the last ``students`` is followed by a DMD gradient on the student's
-        batch, which is returned. trained: where the student is trained, if not at its rollout ``r``."""
+        """Yield the fake score's updates of one iteration, and return the student's batches.
+
+        Each of the last ``students`` updates is followed by a DMD gradient, which makes one batch. trained: the rollout
+        on which the student is trained, if it is not ``r``.
+        """
         batches, at = [], r if trained is None else trained
         for i in range(self.cfg.fake_updates):
             own = r if self.reads_student_batch(i) else self.rollout_again(*self.draws(prompts, rng, i))

@@ -27,7 +27,7 @@ class PairedBatch(StudentBatch):
 
 @dataclass
 class Dmd(Baseline[DMDConfig]):
-    """fake_updates of the fake score; the last student_updates of them give a gradient on the student's batch each."""
+    """fake_updates of the fake score; after each of the last student_updates of them, a gradient for the student."""
 
     teacher_times: Callable[[int], Tensor] = times
     pairs: TeacherPairs = field(init=False)

@@ -63,7 +63,7 @@ class DmdNft(Baseline[DMDNFTConfig]):
 
     @torch.no_grad()
     def scored_batch(self, batch: StudentBatch, collected: Collected, rng: SampleRng, i: int) -> ScoredBatch:
-        """Draw i of (t, eps) on the scored samples, and what the old policy answers there."""
+        """Draw i of (t, eps) on the scored samples, and the old policy's predictions from there."""
         x_s, times = collected.trajectory.x0, self.cfg.renoised_to
         t = to_device_async(torch.tensor(times), x_s.device)[rng.integer("nft_t", len(times), i)]
         x_t = renoise(x_s, t, rng.normal("nft_eps", self.latent_shape, i), self.roles.schedule)
@@ -72,7 +72,7 @@ class DmdNft(Baseline[DMDNFTConfig]):
         return ScoredBatch(**vars(batch), x_s=x_s, x_t=x_t, t=t, x0_old=x0_old, r=optimal)
 
     def scored_loss(self, batch: ScoredBatch) -> Loss:
-        """L_DMD + rl_weight L_NFT at the two places x_tau and x_t; an unscored sample has L_DMD only."""
+        """L_DMD at x_tau + rl_weight L_NFT at x_t; an unscored sample has L_DMD only."""
         distill = self.student_loss(batch).per_sample
         x0 = self.roles.student(batch.x_t, batch.t, batch.cond).x0
         scored, clip = ~batch.r.isnan(), self.cfg.advantage_clip

@@ -29,7 +29,10 @@ class RewardedBatch(StudentBatch):
 
 @dataclass
 class DmdRefl(Baseline[DMDReFLConfig]):
-    """DMD's iteration; the student's x0 also climbs the rewards. ValueError for rewards that are not differentiable."""
+    """DMD's iteration; the student also follows the reward gradient at its x0.
+
+    ValueError for rewards that are not differentiable.
+    """
 
     scorer: Scorer = field(kw_only=True)
 

@@ -1,16 +1,17 @@
 """DMDR (arXiv 2511.13649v4): reward-tilted DMD with two annealed schedules, then DMD and a reward loss together.
 
-Stage 1, ``cold_start`` iterations: RT-DM weighs the DMD gradient of a sample by exp(r / ||r||), r the reward of its
+Stage 1, ``cold_start`` iterations: RT-DM weights the DMD gradient of a sample by exp(r / ||r||), r the reward of its
 finished few-step image (``losses.reward_tilt`` says how it is normalized); DynaDG moves the real score by a share of
-the fake score's displacement, so that the two distributions overlap at the start; DynaRS re-noises at late times first.
+the fake score's displacement, so that the two distributions overlap at the start; DynaRS re-noises to high noise first.
 One cosine anneals both to DMD.
 Stage 2: L_DMD + lambda_rl L_rl, L_rl by ReFL, GRPO or DPO. 5 fake-score updates per student update throughout.
-In its code the student is not trained at the states x_tau of its rollout: the x0 that the rollout predicts at tau is
-re-noised to tau, x_tau' = alpha x0 + sigma n, and the student predicts from there; the fake score learns from that x0.
+In the authors' code the student is not trained at the states x_tau of its rollout: the x0 that the rollout predicts at
+tau is re-noised to tau, x_tau' = alpha x0 + sigma n, and the student predicts from there; the fake score learns from
+that x0.
 
-DynaDG by full copies: the paper has one frozen base model whose LoRA, at scale 2, is the fake score; the real score is
-that base model with the same LoRA at scale .5 c. For copies that is the interpolation of *weights*,
-teacher + (.5 / 2) c (fake - teacher), in both of the guidance passes. Interpolating predictions would only be a
+DynaDG with full copies: the paper has one frozen base model whose LoRA, at scale 2, is the fake score; the real score
+is that base model with the same LoRA at scale 0.5 c. For copies that is the interpolation of *weights*,
+teacher + (0.5 / 2) c (fake - teacher), in both of the guidance passes. Interpolating predictions would only be a
 first-order approximation, and would leave out the unconditional pass.
 """
 
@@ -48,7 +49,7 @@ Blend = Callable[[float], Denoiser]
 
 @dataclass(frozen=True)
 class TiltedBatch(StudentBatch):
-    """The student's batch with a weight of each sample's DMD gradient."""
+    """The student's batch with a weight for each sample's DMD gradient."""
 
     weight: Tensor  # [B], of the DMD gradient
 
@@ -91,12 +92,12 @@ class Dmdr(Baseline[DMDRConfig]):
 
     @torch.no_grad()
     def renoised(self, r: Rollout, rng: SampleRng) -> Rollout:
-        """The student at its own x0 of step tau, re-noised to tau with fresh noise."""
+        """The rollout with its x0 re-noised to tau by fresh noise as x_tau, and with the student's x0 from there."""
         x_tau = renoise(r.x0, r.tau, rng.normal("own_x0", self.latent_shape), self.roles.schedule)
         return replace(r, x_tau=x_tau, x0=self.roles.student(x_tau, r.tau, r.cond).x0)
 
     def real_score(self) -> Denoiser:
-        """DynaDG: the teacher moved by overlap c towards the fake score; the teacher itself when that is 0."""
+        """DynaDG: the teacher moved by overlap c toward the fake score; the teacher itself when that is 0."""
         share = self.cfg.overlap * self.pace
         return self.blend(share) if share > 0 else self.roles.teacher
 
@@ -115,7 +116,7 @@ class Dmdr(Baseline[DMDRConfig]):
         return beta_quantile(uniform, *annealed_shape(self.cfg.beta_a, self.cfg.beta_b, self.pace))
 
     def _tilted(self, batch: StudentBatch, prompts: PromptBatch, rng: SampleRng) -> Update:
-        """RT-DM: each sample's DMD gradient by the reward of the finished image of its rollout."""
+        """RT-DM: each sample's DMD gradient, weighted by the reward of the finished image of its rollout."""
         if self.cfg.tilt == 0:
             return Update("student", self.student_loss, batch)
         reward = self.scorer(self._complete(prompts, rng), prompts)

@@ -25,8 +25,8 @@ CONSTRUCTION, REALIZED = "gain/construction", "gain/realized"
 def gains_hook(method: Method) -> Callable[[], Mapping[str, float]]:
     """A hook that measures both gains of the last iteration: one student call, three decoded and scored batches.
 
-    It draws nothing and its scores do not count in the statistics of the training. Nothing is measured of a method that
-    does not keep what it constructed, or that has no rewards.
+    It draws nothing and its scores do not count in the statistics of the training. It returns nothing for a method that
+    does not keep its targets, or that has no rewards.
     """
 
     method = method.method if isinstance(method, SeveralSizes) else method

@@ -1,4 +1,4 @@
-"""GDMD, Algorithm 1 of arXiv 2604.19009: DaGC collects DMD gradients, IGS scores their targets, NaPO weighs the steps."""
+"""GDMD, Algorithm 1 of arXiv 2604.19009: DaGC collects DMD gradients, IGS scores their targets, NaPO weights them."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Gdmd(Distillation[GDMDConfig]):
     def weigh(self, group: Group, rollout: Rollout, prompts: PromptBatch, rng: SampleRng) -> Tensor:
         """IGS: r = 1/2 + 1/2 clip(mean_k gain_k / Z_k, -1, 1). [eta, b], NaN = not scored
 
-        Z: running root mean square of the gains, so that r depends on s only by the curvature of the reward. Z and the
+        Z: running root mean square of the gains, so r depends on s only through the curvature of the reward. Z and the
         statistics are those of the global batch B; the result is this rank's part b. ``rng``: for controls.
         """
         eta, ranks = self.cfg.group_size, prompts.ranks
@@ -123,7 +123,7 @@ class Gdmd(Distillation[GDMDConfig]):
         return ranks.local_shard(r, 1)
 
     def weight_of(self, r: Tensor) -> Tensor:
-        """w of each target, for the statistics: the factor of the DMD gradient in that of its loss. Any shape."""
+        """w of each target, for statistics: the factor of the DMD gradient in the gradient of its loss. Any shape."""
         return step_weight(r, self.cfg.dmd_weight, self.cfg.gamma, self.cfg.beta)
 
     def least(self, x_old: Tensor, group: Group, weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Controls: GDMD whose r, and tilted GDMD whose weights and reward gradient, say nothing about their own sample."""
+"""Controls: GDMD with r permuted, constant or reduced to r > 1/2; tilted GDMD with other samples' scores."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class GdmdShuffled(Gdmd):
 
 @dataclass
 class GdmdConstant(Gdmd):
-    """r = its running mean, so that the pull to x_old is kept."""
+    """r = its running mean, so that the term toward x_old is kept."""
 
-    mean_r: Tensor = field(init=False)  # [2] float64: EMA of mean r, and the mass it has seen
+    mean_r: Tensor = field(init=False)  # [2] float64: raw EMA of mean r, and its total weight
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +56,7 @@ class GdmdConstant(Gdmd):
         return (self.mean_r[0] / self.mean_r[1]).to(r.dtype)
 
     def state(self) -> Mapping[str, Tensor]:
-        """GDMD's, and the running mean."""
+        """GDMD's state, and the running mean."""
         return {**super().state(), "mean_r": self.mean_r}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -65,7 +65,7 @@ class GdmdConstant(Gdmd):
 
 
 class GdmdIndicator(Gdmd):
-    """Weight lambda 1[r > 1/2] of L_DMD, without the pull to x_old."""
+    """Weight lambda 1[r > 1/2] of L_DMD, without the term toward x_old."""
 
     def weight_of(self, r: Tensor) -> Tensor:
         """lambda 1[r > 1/2]; lambda for an unscored target."""
@@ -89,7 +89,7 @@ class GdmdTiltedShuffled(GdmdTilted):
 
     @torch.no_grad()
     def finish(self, rollout: Rollout, prompts: PromptBatch, rng: SampleRng) -> Finished:
-        """As without the control, with v of another sample."""
+        """The rollouts of ``GdmdTilted.finish``, each with the reward gradient v of another sample."""
         finished = super().finish(rollout, prompts, rng)
         return (
             finished
@@ -118,14 +118,14 @@ CONTROLS: Mapping[str, type[Gdmd]] = {
 
 
 def shuffled(values: Tensor, rng: SampleRng) -> Tensor:
-    """One random permutation of all elements. values [..., B] of the global batch, whose draws ``rng`` makes."""
+    """One random permutation of all elements. values [..., B] of the global batch; ``rng``: of its B samples."""
     per_sample = values[..., 0].numel()
     keys = rng.uniform("shuffle", count=max(2, per_sample))[:, :per_sample]
     return values.flatten()[keys.T.flatten().argsort()].reshape(values.shape)
 
 
 def exchanged(own: Tensor, prompts: PromptBatch, rng: SampleRng) -> Tensor:
-    """A random cyclic shift of ``own`` [b, ...] over the global batch, so that no sample keeps its own."""
+    """A random cycle of ``own`` [b, ...] over the global batch, so that no sample keeps its own."""
     whole = prompts.ranks.all_gather(own)
     order = global_rng(prompts, rng).uniform("shuffle/gradient").argsort()
     mixed = torch.empty_like(whole)
@@ -134,5 +134,5 @@ def exchanged(own: Tensor, prompts: PromptBatch, rng: SampleRng) -> Tensor:
 
 
 def global_rng(prompts: PromptBatch, rng: SampleRng) -> SampleRng:
-    """The draws of the whole batch, which all ranks make alike."""
+    """Draws for the whole batch, the same on all ranks."""
     return replace(rng, index=prompts.ranks.all_gather(rng.index), host=None)

@@ -1,10 +1,9 @@
-"""Tilted GDMD (ours, beyond arXiv 2604.19009): DMD towards the teacher tilted by the rewards of finished rollouts.
+"""Tilted GDMD (ours, beyond arXiv 2604.19009): DMD toward the teacher tilted by the rewards of finished rollouts.
 
     x_tar = x0 - (x0_fake - x0_real - kappa sum_k w_k (y_k - mean y) - v) / n,    w = softmax(gamma R(y) / Z)
 
-y_k: the student's own sampler, continued K times from x0 with fresh noise to a finished sample (a deterministic sampler
-gets it at the first step only). v: the rewards' own
-gradient at two of them. n: DMD2's normalizer, or 1.
+y_k: finished samples; the student's own sampler, continued K times from x0 with fresh noise (a deterministic sampler
+gets it at the first step only). v: the reward gradient at two of them. n: DMD2's normalizer, or 1.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Finished:
 
 @dataclass
 class GdmdTilted(Distillation[TiltedGDMDConfig]):
-    """The extra fake score updates, eta more with a target each, then eta student updates towards the targets' mean."""
+    """The extra fake score updates, eta more with a target each, then eta student updates toward the targets' mean."""
 
     scorer: Scorer = field(kw_only=True)
     scale: RunningScale = field(init=False)  # Z
@@ -97,14 +96,14 @@ class GdmdTilted(Distillation[TiltedGDMDConfig]):
         return Finished(torch.stack(ys, 1), torch.stack(scores, 1), v)
 
     def normalized_reward(self, scores: Tensor) -> Tensor:
-        """mean_k R_k / Z_k by the Z of the steps before; 0 for an unscored sample and in the first step. [R, B] -> [B]"""
+        """mean_k R_k / Z_k, Z of the previous steps; 0 for an unscored sample and in the first step. [R, B] -> [B]"""
         z = to_device_async(self.scale.value(), scores.device)
         reward = mean_advantage(scores, torch.zeros_like(scores), z)
         return torch.where(reward.isnan(), 0.0, reward)
 
     @torch.no_grad()
     def draw_target(self, rollout: Rollout, finished: Finished | None, rng: SampleRng, i: int) -> Tensor:
-        """x0 - (x0_fake - x0_real - kappa (y_k - mean y) - v) / n at draw i of (t, eps); without rollouts DMD's."""
+        """x0 - (x0_fake - x0_real - kappa (y_k - mean y) - v) / n at draw i of (t, eps); DMD's without rollouts."""
         scores = self.scores(rollout, rng, i)
         x_tar = self.target(rollout, scores)
         if finished is None:
@@ -116,7 +115,7 @@ class GdmdTilted(Distillation[TiltedGDMDConfig]):
 
     @torch.no_grad()
     def weigh(self, finished: Finished, rollout: Rollout, prompts: PromptBatch, rng: SampleRng) -> Tensor:
-        """Softmax weights of all eta K targets, mean 1, by the Z of the global batch. [eta, K, b]"""
+        """Softmax weights of all eta K targets, mean 1, with Z of the global batch. [eta, K, b]"""
         scores = prompts.ranks.all_gather(finished.scores, 2)  # [R, K, B]
         z = self.scale.update(scores)  # every score counts once
         advantage = mean_advantage(scores, scores.nanmean(1), z)  # [K, B]; a softmax does not see what is subtracted

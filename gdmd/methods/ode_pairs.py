@@ -1,4 +1,4 @@
-"""OdePairs of noise and the teacher's ODE sample, for the regression term of DMD (arXiv 2311.18828, section 3.3)."""
+"""Pairs of noise and the teacher's ODE sample, for the regression term of DMD (arXiv 2311.18828, section 3.3)."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class OdePairs:
 
 @dataclass
 class TeacherPairs:
-    """Solves pairs for the step's prompts: new ones each time (batches = 0), or the first ``batches`` in turn.
+    """Solves the teacher's ODE for the step's prompts: in every step (batches = 0), or in the first ``batches`` steps.
 
-    Kept pairs are a part of the method's state, so that a resumed run continues with the same ones; they are those of
-    the global batch, so that it may continue with another number of ranks.
+    The pairs of the first steps are kept and used in turn. They are part of the method's state, so that a resumed run
+    continues with the same ones, and hold the global batch, so that it may continue with another number of ranks.
     """
 
     roles: Roles

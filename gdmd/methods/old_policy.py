@@ -17,12 +17,12 @@ class EmaPolicy:
         self.roles, self.limit, self.updates = roles, limit, 0
 
     def start(self) -> None:
-        """Before the first update the old policy is the student, wherever that starts."""
+        """Before the first update: make the old policy equal to the student."""
         if self.updates == 0:
             self.roles.follow(0.0)
 
     def follow(self) -> None:
-        """After each student update."""
+        """After each student update: move the old policy toward the student."""
         self.updates += 1
         self.roles.follow(min(1e-3 * self.updates, self.limit))
 

@@ -28,7 +28,7 @@ _KEYS = ("cost.passes", "cost.updates", "cost.seconds")
 
 @dataclass
 class Cost:
-    """Sums since the start of a training. seconds: inside iterations, without logs, grids and checkpoints."""
+    """Sums since the start of a training. seconds: inside iterations, without logs, images and checkpoints."""
 
     passes: float = 0
     updates: int = 0  # student updates
@@ -96,7 +96,10 @@ def without_cost(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def output_samples(answer: Any) -> tuple[list[Tensor], int]:
-    """What a network answers, and for how many samples: [B, ...], a list with a tensor of each, or a tuple of these."""
+    """The tensors in a network's output, and the number of samples.
+
+    answer: a tensor [B, ...], a list with a tensor per sample, or a tuple that starts with one of these.
+    """
     if isinstance(answer, tuple):
         answer = answer[0]
     return ([answer], len(answer)) if isinstance(answer, Tensor) else (list(answer), len(answer))

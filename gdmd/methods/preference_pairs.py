@@ -21,7 +21,7 @@ from gdmd.types import Cond, Denoiser, PromptBatch, Roles
 
 @dataclass(frozen=True)
 class PreferencePairs:
-    """For every sample the pair of its group, at a separate time and noise, and the reference's errors there."""
+    """The pair of each sample's group, re-noised by the sample's own time and noise, with the reference's errors."""
 
     x0_win: Tensor  # [B, C, H, W]
     x0_lose: Tensor  # [B, C, H, W]

@@ -53,7 +53,7 @@ class PolicyBatch(StudentBatch):
 
 
 def policy_batch(batch: StudentBatch, collected: Collected) -> PolicyBatch:
-    """Both parts of the student loss."""
+    """The student's batch for both parts of its loss, L_DMD and L_GRPO."""
     own = collected.trajectory
     return PolicyBatch(**vars(batch), x=own.x, log_prob_old=own.log_prob, advantage=collected.advantage)
 

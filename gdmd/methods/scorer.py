@@ -17,7 +17,7 @@ class ScoreStats:
     """Statistics of raw scores since the last read, summed on the device without a synchronization."""
 
     def __init__(self) -> None:
-        self._first: Tensor | None = None  # [R], the first score of each reward; NaN before there is one
+        self._first: Tensor | None = None  # [R], the largest score of a reward's first scored batch; NaN before it
         self._sums: Tensor | None = None  # [R, 2]: images with a score, sum |score - first|
         self._images = 0
 
@@ -34,7 +34,7 @@ class ScoreStats:
         self._images += scores.shape[1]
 
     def stats(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Share of unscored images and mean distance from the first score (NaN = none scored) since the last call."""
+        """Since the last call: share of unscored images, mean distance from a first score (NaN = none scored)."""
         if self._sums is None:
             return {}
         count, distance = self._sums.unbind(1)
@@ -117,7 +117,7 @@ class Scorer:
         return seen, torch.cat(gradients, 1)
 
     def require_differentiable(self, method: str) -> None:
-        """ValueError when ``method`` cannot back-propagate one of the rewards."""
+        """ValueError if ``method`` cannot back-propagate one of the rewards."""
         black_boxes = [reward.name for reward in self.rewards if not reward.differentiable]
         if black_boxes:
             raise ValueError(
@@ -126,7 +126,7 @@ class Scorer:
             )
 
     def _parts(self, latents: Tensor, prompts: PromptBatch) -> Iterator[tuple[Tensor, PromptBatch]]:
-        """Micro-batches of latents, as leaves of a graph of their own, and of prompts."""
+        """Micro-batches of latents, each the leaf of a separate graph, and their prompts."""
         for part, its_prompts in split((latents, prompts), self.micro_batch or len(latents)):
             yield part.detach().requires_grad_(), its_prompts
 

@@ -1,6 +1,6 @@
 """Training at several image sizes: every outer iteration has one of them, the same on all ranks.
 
-The size is a function of (seed, step), so that a resumed run draws the same ones and a checkpoint needs no state of it.
+The size is a function of (seed, step), so a resumed run draws the same sizes, and checkpoints need not store them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ResizableMethod(Method, Protocol):
 
 
 def drawn_size(seed: int, step: int, count: int) -> int:
-    """The number of the size of a step, uniform on 0 ... count - 1."""
+    """Which of ``count`` sizes a step has, uniform on 0 ... count - 1."""
     return int(SampleRng(seed, step, torch.zeros(1, dtype=torch.int64)).integer("size", count))
 
 

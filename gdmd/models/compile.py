@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 MAX_GRAPHS = 64
-"""Graphs per kind of block at most: roles x (with and without gradient) x batch sizes x kinds of block."""
+"""Largest number of graphs per kind of block: roles x (with and without gradient) x batch sizes x kinds of block."""
 
 
 def compile_blocks(net: nn.Module, names: Collection[str], backend: str = "inductor") -> int:

@@ -1,4 +1,4 @@
-"""A role with all its weights: a full copy of the network, in fp32."""
+"""A role that trains all weights: a full copy of the network, in fp32."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class FullCopy:
 
 
 def _copy_without_adapters(net: Any) -> Any:
-    """Built from the network's config and its base weights, whatever adapters are injected in ``net``."""
+    """A copy built from the network's config and base weights, whatever adapters are injected in ``net``."""
     copy = type(net).from_config(net.config).to(next(net.parameters()).device)
     copy.load_state_dict({k: v.float() for k, v in _base_state(net).items()}, strict=True)
     return copy

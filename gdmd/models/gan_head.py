@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from gdmd.types import Cond, FeatureDenoiser
 
 MAX_CHANNELS = 512
-"""Channels of a head at most. DMD2's SDXL head keeps the UNet's 1280 in four convolutions (105 M weights, next to a fully
+"""Largest width of a head. DMD2's SDXL head keeps the UNet's 1280 in four convolutions (105 M weights, next to a fully
 trained fake score); on the 3072 of FLUX.1 one such convolution has 151 M. Ours has 10 M on SDXL and 25 M on FLUX.1."""
 
 

@@ -174,7 +174,7 @@ def _nearest(target: str, layers: Mapping[str, nn.Module]) -> str:
     names = [name.split(".")[-n:] for name, module in layers.items() if _adaptable(module) for n in counts]
     ends = {".".join(parts).lower(): ".".join(parts) for parts in names if not parts[0].isdigit()}
     near = difflib.get_close_matches(target.lower(), sorted(ends, key=lambda end: (end.count("."), end)), 1)
-    return f"; did you mean {ends[near[0]]!r}?" if near else f"; known are {', '.join(sorted(ends.values())[:8])}"
+    return f"; did you mean {ends[near[0]]!r}?" if near else f"; the layers are {', '.join(sorted(ends.values())[:8])}"
 
 
 def _trained(name: str) -> bool:
@@ -183,7 +183,7 @@ def _trained(name: str) -> bool:
 
 
 def remove_adapters(net: Any) -> None:
-    """Take the adapters of an earlier training out of a network; its own weights stay."""
+    """Remove the adapters of an earlier training from a network; its own weights stay."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, BaseTunerLayer)]

@@ -157,7 +157,7 @@ class DiffusersRoles:
         return *self.backbone_nets(), *(copy.net for copy in self._copies.values())
 
     def watch(self, watch: Callable[[Any], object]) -> None:
-        """Call ``watch`` with every network of a role, also with those created later: an old policy's, a mixture."""
+        """Call ``watch`` with every network of a role, also with later ones: old policy and blended teacher."""
         self._watch = watch
         for net in self.modules():
             watch(net)

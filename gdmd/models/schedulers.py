@@ -62,7 +62,7 @@ def kind_of(scheduler: Any) -> Kind:
     name, config = type(scheduler).__name__, scheduler.config
     if name in _SHIFTED:
         return "flow"
-    if name in _EDM or config.get("timestep_type") == "continuous":  # both read .25 log sigma as the network's time
+    if name in _EDM or config.get("timestep_type") == "continuous":  # both read 0.25 log sigma as the network's time
         return "edm"
     if name in _SOLVERS and (config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"):
         return "flow"
@@ -145,7 +145,7 @@ class FlowSettings:
     terminal: float | None = None
 
     def timesteps(self, tokens: int, mu: float | None = None) -> FlowTimesteps:
-        """For an image of ``tokens`` patches. ``mu`` overrides the linear formula, for pipelines with a different one."""
+        """The times for an image of ``tokens`` patches; ``mu`` replaces the linear formula for some pipelines."""
         if not self.dynamic:
             return FlowTimesteps(self.shift, self.terminal)
         if mu is None:

@@ -64,7 +64,7 @@ class VpTimesteps:
     ends_at_first_step: bool = True
 
     def student(self, uniform: Sequence[float]) -> tuple[float, ...]:
-        """u -> step round(T u) - 1: of 1000 steps 1, .75, .5, .25 are 999, 749, 499, 249 ("trailing" spacing)."""
+        """u -> step round(T u) - 1: of 1000 steps 1, 0.75, 0.5, 0.25 are 999, 749, 499, 249 ("trailing" spacing)."""
         return tuple(max(round(self.train_steps * u) - 1, 0) / (self.train_steps - 1) for u in uniform)
 
     def uniform(self, times: Sequence[float]) -> tuple[float, ...]:

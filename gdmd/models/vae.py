@@ -32,7 +32,8 @@ def check_scaling(vae: Any, read: Sequence[str], model: str, pipeline: str) -> N
 class VaeCodec:
     """An AutoencoderKL: latents z [B, C, h, w] -> images [B, 3, H, W] in about [0, 1].
 
-    decode: D(z / scaling + shift), rescaled from [-1, 1]; encode: (mean of q(z | image) - shift) scaling.
+    decode: D(z / scaling + shift), rescaled from [-1, 1]; encode: (mean of q(z | image) - shift) scaling. With
+    latents_mean and latents_std in the VAE's config: D(z std / scaling + mean), and its inverse.
     ``chunk`` images per call. The VAE computes in its own dtype, regardless of autocast. ``tiled``: in overlapping
     tiles of TILE pixels, which are recomputed in a backward pass, so that one tile is in memory at a time.
     """
@@ -50,7 +51,7 @@ class VaeCodec:
             self._shift = torch.tensor(config["latents_mean"]).reshape(-1, 1, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """With gradient to the latents. [B, C, h, w] -> [B, 3, H, W], fp32"""
+        """Decode, with gradient to the latents. [B, C, h, w] -> [B, 3, H, W], fp32"""
         z = self.to_vae(latents)
         with torch.autocast(latents.device.type, enabled=False):
             images = [self.decode_chunk(part.to(self.vae.dtype)) for part in torch.split(z, self.chunk)]

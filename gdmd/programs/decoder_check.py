@@ -105,8 +105,8 @@ class DecoderGap:
     """One reward, in its own units, over the images that were scored through both decoders.
 
     difference: mean of rough - full; error: standard deviation of rough - full; spread: that of the full scores;
-    agreement: share of image pairs, unequal with the full decoder, that the rough one orders the same way. None with too
-    few images.
+    agreement: share of image pairs, unequal with the full decoder, that the rough one orders the same way. A value is None
+    if too few images were scored.
     """
 
     reward: str

@@ -38,9 +38,9 @@ METHODS = ("dmd", "gdmd")
 FIRST = "stage 1"
 """Row of the student that both trainings start from."""
 LOG = "dmd.log"
-"""In the folder of the demo: what the second process prints."""
+"""The file in the folder of the demo that gets the output of the second process."""
 Configs = Mapping[str, RunConfig]
-"""By METHODS; the rows of the teacher follow that of gdmd."""
+"""Configurations by method; the rows of the teacher use that of gdmd."""
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def _write_pipeline(
 def _write_lora(
     cfg: RunConfig, family: Family, weights: Mapping[str, Tensor], target: Path, contained: Sequence[LoraFile]
 ) -> list[Path]:
-    """Write the LoRA, with the run's LoRAs that it shall contain, and the scheduler."""
+    """Write the LoRA, including the run's LoRAs in ``contained``, and the scheduler."""
     scheduler = student_scheduler(family, cfg.method.student_steps, cfg.method.student_sampler)
     files = save_lora(family, weights, target, contained)
     scheduler.save_pretrained(target / "scheduler")

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 MIN_TOKEN_LENGTH = 16
 MAX_SIDE = 4096
-"""Pixels; a PNG of a few kilobytes can claim to be far larger."""
+"""Largest side of an image in pixels; a PNG of a few kilobytes can claim to be far larger."""
 MAX_PIXELS = 64 * 1024 * 1024
-"""Of all images in a request: 64 of 1024 x 1024, 0.8 GB in fp32."""
+"""Most pixels of all images in a request: 64 of 1024 x 1024, 0.8 GB in fp32."""
 MAX_PROMPT_LENGTH = 4000
 
 
@@ -132,7 +132,7 @@ def check_token(header: str, token: str | None) -> None:
 
 
 async def read_body(request: Any, limit: int) -> bytes:
-    """The body. HTTPError (413) as soon as more than ``limit`` bytes arrived, whatever the header says."""
+    """The body. HTTPError (413) as soon as more than ``limit`` bytes have arrived, whatever the header says."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)

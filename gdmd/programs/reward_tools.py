@@ -68,7 +68,7 @@ def fetch(kind: str, folder: Path | None = None, say: Callable[[str], None] = pr
 
 
 def _require_pinned(hub: HubRepo, ready: Path) -> None:
-    """ValueError for a conversion of another revision; nothing tells that of a user's own file."""
+    """ValueError for a conversion of another revision; the revision of a user's own file is unknown."""
     facts = read_json(file, "Remove the folder and fetch again.") if (file := ready / CONVERTED).is_file() else {}
     before = facts.get("revision")
     if before and hub.revision and before != hub.revision:

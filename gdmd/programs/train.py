@@ -253,8 +253,8 @@ def _check_without_loading(
 def check_equal_calls(cfg: RunConfig, samples: int, *, row_by_row: bool = False) -> None:
     """ValueError if ranks of so many samples would call a sharded student unequally often: FSDP would wait forever.
 
-    With a step tau per sample a call of the rollout has another number of samples on every rank, and forward_chunk, or a
-    network that is called for each row, splits it into another number of calls.
+    With a step tau per sample, a call of the rollout has a different number of samples on every rank; forward_chunk, or
+    a network that is called for each row, splits it into a different number of calls.
     """
     model, method = cfg.model, cfg.method
     if not isinstance(model, DiffusersModel) or model.full not in ("student", "both") or cfg.loop.sharding == "none":

@@ -149,7 +149,7 @@ def _diffusers(cfg: RunConfig, model: DiffusersModel, device: str, given: GivenO
 def _checked_prompts(
     cfg: RunConfig, real: StoredLatents | None, stores: Sequence[StoredLatents], given: GivenObjects
 ) -> tuple[list[list[str]], PromptRows | None]:
-    """Groups of prompts and the rows of a single group, checked: the rewards and the ``stores`` of each size know them."""
+    """Groups of prompts and the rows of a single group. ValueError unless the rewards and ``stores`` can use them."""
     groups, meta = training_prompts(cfg, real, given.prompts)
     texts = [text for group in groups for text in group]
     for store in stores:
@@ -164,7 +164,7 @@ def _stream(cfg: RunConfig, groups: list[list[str]], rows: PromptRows | None, en
 
 
 def _size(cfg: RunConfig, teacher: Family, start: Family, real: RealLatents | None) -> ImageSize:
-    """What follows the image size of these families."""
+    """What depends on the image size of these families."""
     sides, steps = (teacher.cfg.height, teacher.cfg.width), start.student_times(cfg.method.student_steps)
     return ImageSize(*sides, teacher.latent_shape, steps, teacher.teacher_times, real)
 

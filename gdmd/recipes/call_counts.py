@@ -25,7 +25,7 @@ from gdmd.recipes.build import LatentSpec, method_of
 from gdmd.types import Cond, Prediction, PromptBatch, Role
 
 ITERATIONS = 16
-"""Spread evenly over the run: methods with stages change on the way."""
+"""Iterations that are counted, spread evenly over the run because methods with stages change during it."""
 LATENT = (1, 2, 2)
 MODEL_ROLES = ("student", "fake", "teacher", "old")
 
@@ -106,7 +106,7 @@ class _Critic:
 
 
 class _Roles:
-    """Every role by one weight."""
+    """Every role as a network of one weight."""
 
     def __init__(self, log: _Log, *, gan: bool) -> None:
         self.log, self.schedule, self.guide = log, FlowSchedule(), plain
@@ -168,7 +168,7 @@ class _EveryStep(SampleRng):
     turn: int = 0
 
     def integer(self, purpose: str, high: int, i: int = 0) -> Tensor:
-        """As before, but for tau: sample k takes step (k + turn) mod N."""
+        """As in ``SampleRng``, except for tau: sample k takes step (k + turn) mod N."""
         return (self.index + self.turn) % high if purpose == "tau" else super().integer(purpose, high, i)
 
     def on_host(self) -> SampleRng:

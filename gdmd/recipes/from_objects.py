@@ -33,7 +33,7 @@ _SHAPES_RECIPES = {"gdmd": "gdmd_paper", "gdmd_tilted": "shapes_demo"}
 _FAMILY_PRESETS = {"gdmd_tilted": "gdmd"}
 """Method presets of real models by method.kind; other methods have a preset of their name, or start from this one's."""
 _SECTIONS = ("loop", "validation", "eval")
-"""Sections without a kind, all of whose fields have a default: half of one is a mistake that nothing would show."""
+"""Sections without a kind, whose fields all have a default: given in part, one would silently reset the others."""
 _OF_FILES = (
     *("student", "student_lora", "teacher_loras", "embeddings", "quantization", "t5", "variant", "revision"),
     *("student_revision", "student_variant"),

@@ -35,13 +35,13 @@ MOVABLE = (
     *("model.student", "model.student_lora.path"),
     *("real_data.latents", "real_data.source"),
 )
-"""Places that may change where the content is the same: ``recipes.inputs`` checks it (of real images by their latents)."""
+"""Locations that may change if the content is the same: ``recipes.inputs`` checks it (real images by their latents)."""
 WEIGHTS = ("path", "clip", "tokenizer", "detector", "asset")
-"""Places of a reward's weights: likewise."""
+"""Locations of a reward's weights: likewise."""
 TARGETS = ("target", "reader")
 """Functions of a reward, as module or file and name: likewise, by their code."""
 SERVER = ("url", "token_variable", "timeout_s", "retries", "batch", "on_failure", "max_unscored")
-"""Fields of a remote reward that may change, too: where its server is, and how long it is waited for."""
+"""Fields of a remote reward that may change, too: where its server is, and how long to wait for it."""
 TEACHERS = ("teacher", "teacher-4", "teacher-4-plain")
 """What can be evaluated and sampled besides a run folder."""
 
@@ -176,8 +176,8 @@ def require_shapes(cfg: RunConfig, run: str) -> None:
         return
     if not draws_real_images(cfg.model.path):
         raise ValueError(
-            f"{run}: there is no folder {cfg.model.path}, its base model; if it has moved, record the new place with: "
-            f"gdmd train --resume {typed(run)} model.path=FOLDER"
+            f"{run}: there is no folder {cfg.model.path}, its base model; if it has moved, record its new location "
+            f"with: gdmd train --resume {typed(run)} model.path=FOLDER"
         )
     raise ValueError(
         f"{run} was not trained on Shapes captions (its model is {cfg.model.path}), but gdmd eval RUN measures ShapesEval, "
@@ -187,7 +187,7 @@ def require_shapes(cfg: RunConfig, run: str) -> None:
 
 
 def check_png(path: Path) -> None:
-    """ValueError for a file name that does not end in .png, RunError for a place that cannot be written."""
+    """ValueError for a file name that does not end in .png, RunError for a location that cannot be written."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"--out {path}: images are written as PNG; give a name that ends in .png")
     with writing("the images", path, option="--out"):

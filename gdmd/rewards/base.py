@@ -3,9 +3,9 @@
 1. Describe its options in config/rewards.py.
 2. Write gdmd/rewards/NAME.py: a subclass of ``PretrainedReward`` with ``_loader`` and ``_formula`` (see clip.py); export it
    in gdmd/rewards/__init__.py.
-3. Name its weights in gdmd/rewards/weights.py (``PRETRAINED``); a .pt of its authors is converted once by convert.py.
+3. Name its weights in gdmd/rewards/weights.py (``PRETRAINED``); its authors' .pt file is converted once by convert.py.
 4. List it in recipes/build_rewards.py (``CLASSES``) and its weights in reward_identity.py.
-5. Add it to ``REWARDS`` in tests/support/tiny_rewards.py: tests/rewards/test_contract.py checks what every reward promises.
+5. Add it to ``REWARDS`` in tests/support/tiny_rewards.py: tests/rewards/test_contract.py tests every reward.
 A reward without a pretrained network needs no class: write a Python function (see callable.py).
 """
 
@@ -176,7 +176,7 @@ DEFAULT_PLACEMENT = Placement()
 
 
 def set_dtype(net: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the weights. Buffers that are no weights keep their precision, as in ``from_pretrained(dtype=...)``.
+    """Convert the weights. Buffers that are not weights keep their precision, as in ``from_pretrained(dtype=...)``.
 
     The frequencies of rotary embeddings are such buffers: in bf16, the angle at position 800 would be off by a radian.
     """

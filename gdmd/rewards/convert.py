@@ -47,7 +47,7 @@ _CLIP_REST = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre": "vision_model.pre_layrnorm",  # spelt so by transformers
+    "visual.ln_pre": "vision_model.pre_layrnorm",  # transformers' spelling
     "visual.ln_post": "vision_model.post_layernorm",
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
     "positional_embedding": "text_model.embeddings.position_embedding.weight",

@@ -11,8 +11,8 @@ Questions and answers come with the prompt, in the column ``vqa_list`` of the au
     {"prompt": "two stone raccoons", "vqa_list": [["How many raccoons are in the image?", "two"],
      ["Are the raccoons stone?", "Yes"], ["Are there any raccoons in the image?", "Yes"]], ...}
 
-Their file is under CC BY-NC 4.0 and is not shipped here; any prompts with this column work. Differentiable, though each
-question is a pass of the model. A paper's "GenEval2 22.9" is 100 times the mean over its 800 prompts, one image each.
+Their file is under CC BY-NC 4.0 and is not shipped here; any prompts with this column work. Differentiable, but each
+question needs a pass of the model. A paper's "GenEval2 22.9" is 100 times the mean over its 800 prompts, an image each.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ REWARD = "<|Reward|>"
 """The token whose state is scored. It follows the tokens of Qwen2-VL."""
 HEAD_WIDTHS = (1024, 16, 2)
 AREA = 256 * 28 * 28
-"""Pixels of an image, both the least and the most."""
+"""Area of a resized image in pixels, both the minimum and the maximum."""
 _INSTRUCTION = (
     "\nYou are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a overall score "
     "to estimate the human preference. Please provide a rating from 0 to 10, with 0 being the worst and 10 being the best. "

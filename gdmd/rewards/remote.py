@@ -6,11 +6,11 @@
                             "images": [base64 PNG, ...]}; columns: names of the metadata of all prompts
                            -> {"protocol": 1, "reward": "clip", "scores": [number or null, ...]}; null = not scored
 
-A request is retried after a connection error, a timeout, 429 or 5xx, ``retries`` times with exponential backoff, or after
-the seconds in the header Retry-After; anything else (a wrong token, an unknown reward, a malformed response) is an error at
-once. Images are sent as 8-bit PNG: the score
-is that of the saved image, without gradient. ``submit`` returns at once, so that several remote rewards and the local
-ones run in parallel (``types.score_all``); ``score`` waits.
+A request is retried after a connection error, a timeout, 429 or 5xx, ``retries`` times with exponential backoff, or
+after the seconds in the header Retry-After; anything else (a wrong token, an unknown reward, a malformed response) is
+an error at once. Images are sent as 8-bit PNG: the score is that of the saved image, without gradient. ``submit``
+returns at once, so that several remote rewards and the local ones run in parallel (``types.score_all``); ``score``
+waits.
 
 urllib rather than an HTTP library: none is a dependency of the core, and none limits the total time of a response that
 arrives byte by byte.

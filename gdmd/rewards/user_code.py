@@ -74,7 +74,7 @@ def _is_library(file: str) -> bool:
 
 
 def own_function(given: Any) -> Any:
-    """The function that runs when ``given`` is called: forward of a module, __call__ of an instance, inside of a partial."""
+    """The function that a call of ``given`` runs: forward of a module, __call__ of an instance, func of a partial."""
     while isinstance(given, partial):
         given = given.func
     if isinstance(given, nn.Module):

@@ -31,7 +31,7 @@ CONFIG = "config.json"
 """Exists in every repository that a reward is loaded from."""
 ADVICE = "check id, revision and network, or give a local folder as path"
 CONVERTED = "converted.json"
-"""In a converted folder: the origin of its tensors."""
+"""The file in a converted folder that records the origin of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def pretrained_weights(kind: str) -> PretrainedWeights:
     if kind in known:
         return known[kind]
     similar = near(kind, list(known))
-    advice = f"did you mean '{similar[0]}'?" if similar else f"known are {', '.join(known)}"
+    advice = f"did you mean '{similar[0]}'?" if similar else f"known rewards are {', '.join(known)}"
     raise ValueError(f"unknown reward {kind!r}; {advice}")
 
 

@@ -42,8 +42,9 @@ def partial_credit(images: Tensor | Detections, rows: Tensor) -> Tensor:
     """Mean degree to which the caption's requirements are met, smooth in confidences and positions. [B] in [0, 1]
 
     Presence: confidence of the best object of the shape, or half the best fit of that shape to another object.
-    Color: the same times the object's color fit. Number: 1 - |sum of confidences - count| / count. Relation:
-    (cosine + 1) / 1.5, at most 1, for the chosen pair; 0 if one is missing.
+    Color: the same times the object's fit to that color, halved if it was detected in another color.
+    Number: 1 - |sum of confidences - count| / count, at least 0.
+    Relation: (cosine + 1) / 1.5, at most 1, for the chosen pair; 0 if one is missing.
     """
     found = _found(images, rows)
     table = catalog()

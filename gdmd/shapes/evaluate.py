@@ -1,4 +1,4 @@
-"""Evaluate a sampler on the Shapes world: ShapesEval, reward models, fidelity, coverage, diversity, speed."""
+"""Evaluate a sampler on Shapes: ShapesEval, rewards, render fidelity, attribute coverage, diversity, speed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def evaluate(
 
     scorers: all are reported; the held-out dual encoder, whose features are used, must be among them.
     """
-    _features(scorers)  # before images are generated in vain
+    _features(scorers)  # raises before any image is generated
     texts = image_captions(cfg, split)
     made = generate(sampler, components, texts, cfg.seed)
     speed = made.images_per_s, made.images_per_s_decoded

@@ -32,7 +32,7 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 
 MAX_COUNT = 4
-"""Of the counting task. The vocabulary has larger numbers, which no caption uses."""
+"""Largest number in the counting task. The vocabulary has larger ones, which no caption uses."""
 
 PAD, NULL = 0, 1
 WORDS = (

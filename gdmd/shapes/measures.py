@@ -35,7 +35,7 @@ def coverage(found: Detections, rows: Tensor, correct: Tensor) -> float:
 
 
 def coverage_by_attribute(found: Detections, rows: Tensor, correct: Tensor) -> dict[str, float]:
-    """1 - JSD (base 2) between the colors, places and sizes of the objects that captions ask for and those of the data.
+    """1 - JSD (base 2) of the colors, positions and sizes of the objects that captions ask for, against the data.
 
     rows, correct [B]. Only correct images count; data scenes are drawn for the same rows. Colors count if the caption
     leaves them free; an attribute that no caption leaves free is left out.
@@ -56,7 +56,7 @@ def _select(found: Detections, mine: Tensor) -> Detections:
 
 
 def _histograms(found: Detections, rows: Tensor) -> dict[str, Tensor]:
-    """Counts of color [8], place [16] and size [6] of the requested objects; other sizes go to the end bins."""
+    """Counts of color [8], position [16] and size [6] of the requested objects; other sizes go to the end bins."""
     asked = matched(found, rows.to(found.shape.device))
     free = asked & (catalog().color[rows, 0] == ANY)[:, None].to(asked.device)
     low, high = RADIUS

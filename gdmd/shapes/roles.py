@@ -101,7 +101,7 @@ class ShapesRoles:
     def blended_teacher(self, share: float) -> BlendedDit:
         """The teacher with weights teacher + share (fake score - teacher), no gradient.
 
-        For full copies what scaling a LoRA adapter is for adapters (DynaDG, arXiv 2511.13649v4).
+        It does for full copies what DynaDG does by scaling a LoRA adapter (arXiv 2511.13649v4).
         """
         if self._sharded:
             raise ValueError(NO_BLEND)

@@ -192,11 +192,11 @@ class DualEncoder(nn.Module):
 
 
 class Preference(nn.Module):
-    """r(image, caption) = slope * cosine of two towers + quality of the image's features, [B].
+    """r(image, caption) = exp(log_scale) * cosine of two towers + quality of the image's features, [B].
 
     A fine-tuned dual encoder, as HPSv2 (arXiv 2306.09341) and PickScore (arXiv 2305.01569) are; the quality term sees no
-    caption. ``origin`` and ``unit`` are measured after training: 0 is the mean of true renders, one unit is the training
-    severity of one wrong attribute. ``forward`` gives 1 + (r - origin) / unit.
+    caption. After training ``origin`` is set to the mean r of true renders, and ``unit`` to the difference of r that
+    the training labels assign to one wrong attribute. ``forward`` gives 1 + (r - origin) / unit.
     """
 
     def __init__(self) -> None:

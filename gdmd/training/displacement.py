@@ -26,14 +26,15 @@ MOVED = "student/moved"
 SAMPLES = 8
 """Samples that are compared; fewer if a rank's batch is smaller."""
 STUCK, HEALTHY = 0.5, 0.8
-"""At the end of a run. Measured after 60 updates of shapes_dmd with two seeds: at the right rate 1.2 and 1.4 (full weights,
-3e-4), 1.1 and 1.3 (LoRA of rank 32, 3e-3); at a rate 10 times too low 0.36 to 0.71, 100 times 0.04 to 0.11, 1000 times 0.01.
-Longer runs forgive more: after 120 of the 150 updates of shapes_demo 0.95 at a rate 10 times too low, 0.27 at 100 times.
+"""Displacements at the end of a run. Measured after 60 updates of shapes_dmd with two seeds: at the right rate 1.2 and
+1.4 (full weights, 3e-4), 1.1 and 1.3 (LoRA of rank 32, 3e-3); at a rate 10 times too low 0.36 to 0.71, 100 times 0.04
+to 0.11, 1000 times 0.01. Longer runs move further: after 120 of the 150 updates of shapes_demo 0.95 at a rate 10 times
+too low, 0.27 at 100 times.
 """
 SHARE = 0.1
-"""Of the steps of a run, after which the student is judged."""
+"""Share of a run's steps after which the student is judged."""
 UPDATES = 20
-"""Of the student, before which it is not judged; nor is it before the end of the warm-up."""
+"""Student updates before which it is not judged; nor is it before the end of the warm-up."""
 
 
 def displacement(student: Tensor, teacher: Tensor) -> Tensor:

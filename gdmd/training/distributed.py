@@ -35,7 +35,7 @@ BUCKET = 1 << 24
 STARTUP_TIMEOUT = 3600.0
 """Seconds that ranks wait for each other before training: rank 0 may encode all captions meanwhile."""
 ROLL_CALL_SECONDS = 10.0
-"""After a failed message: how long the ranks that still answer are counted."""
+"""How long rank 0 waits, after a failed message, for the ranks that still answer."""
 
 
 class RanksError(ValueError):
@@ -295,7 +295,7 @@ def session() -> Iterator[DistributedContext]:
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")  # written to /tmp/nccl_trace_rank_N
     timeout = timedelta(seconds=STARTUP_TIMEOUT)
     shared, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=timeout))
-    store = dist.PrefixStore(f"attempt/{restart_count()}", shared)  # a restart meets the addresses of the last attempt
+    store = dist.PrefixStore(f"attempt/{restart_count()}", shared)  # else a restart finds addresses of the last attempt
     dist.init_process_group(
         backend, store=store, timeout=timeout, device_id=device, rank=place.rank, world_size=place.size
     )
@@ -316,7 +316,7 @@ def launch(arguments: Sequence[str], processes: int, restarts: int = 0, shutdown
 
     _check_devices(processes)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(round(shutdown_timeout)))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun: N processes with all threads each fight for the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun: else each of N processes uses all cores
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -348,7 +348,7 @@ def _exit_code(failures: Mapping[int, Any]) -> int:
         return code
     name = signal.Signals(-code).name
     print(f"error: rank {rank} (process {failures[rank].pid}) was ended by {name}; the others stopped", file=sys.stderr)
-    if -code == signal.SIGABRT:  # so torch ends a process whose NCCL message timed out, after saying so
+    if -code == signal.SIGABRT:  # torch reports an NCCL timeout, then aborts the process
         return RANK_LOST
     return 128 - code
 
@@ -403,6 +403,6 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 
 
 def _first_line(error: Exception) -> str:
-    """The first sentence, without the place in torch's source that gloo puts before it."""
+    """The first sentence, without the location in torch's source that gloo puts before it."""
     line = re.sub(r"^\[\S+\.cc:\d+\] ", "", str(error).splitlines()[0])
     return line.split(". ")[0][:300]

@@ -13,14 +13,14 @@ from torch.nn import Parameter
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 
 _BLOCK = re.compile(r"^((\w*(blocks|attentions|resnets|layers|refiner)\.\d+|mid_block)\.)+")
-"""The block of a layer, in front of its name inside."""
+"""The name of a layer's block, which precedes the layer's name inside the block."""
 
 
 class Ema:
     """shadow <- d shadow + (1 - d) parameter after each update, shadow = the initial parameters before the first.
 
     d = decay, or min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ... when ``warmup`` is on.
-    The shadow is fp32 (float64 for float64 parameters): at decay .999 half precision would not move at all.
+    The shadow is fp32 (float64 for float64 parameters): at decay 0.999 half precision would not move at all.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the shadow towards the present parameters."""
+        """Move the shadow toward the current parameters."""
         shadows = list(self.shadow.values())
         now = [self._parameters[name].to(shadow.dtype) for name, shadow in self.shadow.items()]
         torch._foreach_lerp_(shadows, now, 1 - self.decay_at(self.updates))

@@ -12,7 +12,7 @@ from gdmd.training.callbacks import TrainerCallback, TrainerState
 class HubCheckpoints(TrainerCallback):
     """A callback that gives each new checkpoint to ``push``, one at a time; while one is uploaded, the newest waits.
 
-    Training never waits for an upload and never stops because of one: a failure is a note, and the next checkpoint is
+    Training never waits for an upload and never stops because of one: a failure is reported, and the next checkpoint is
     uploaded instead. Only the end of the training waits, for the upload of the last one, which is tried once more.
     """
 
@@ -57,7 +57,7 @@ class HubCheckpoints(TrainerCallback):
         return checkpoint
 
     def _pushed(self, checkpoint: Path, consequence: str) -> bool:
-        """Upload a checkpoint; a failure is a note."""
+        """Upload a checkpoint and report a failure; whether it succeeded."""
         try:
             self.push(checkpoint)
         except Exception as error:  # whatever it is, training continues

@@ -88,9 +88,11 @@ class NoProgress:
 
 @dataclass(frozen=True)
 class Hooks:
-    """validate(step, path): called with the EMA weights swapped in every ``validate_every`` steps (0 = never), at step 0
-    and at the last, by all ranks (a sharded network needs them all); rank 0 writes an image to ``path``, and all ranks get
-    the scores, by key of metrics.jsonl.
+    """What the loop calls besides the method, and where it reports.
+
+    validate(step, path): called by all ranks (a sharded network needs them all) with the EMA weights swapped in, every
+    ``validate_every`` steps (0 = never), at step 0 and at the last; rank 0 writes an image to ``path``, and all ranks
+    get the scores, by key of metrics.jsonl.
 
     stats(): statistics from outside the method that are logged after an iteration, such as the parts of a reward.
     at_log(): values that are measured only when a row is logged, by all ranks.
@@ -236,7 +238,7 @@ class _Trainer:
         try:
             yield
         except ValueError as error:
-            if type(error) is not ValueError:  # errors of the disk, of numbers and of the ranks say what to do
+            if type(error) is not ValueError:  # disk, non-finite and rank errors already say what to do
                 raise
             raise ValueError(f"step {step}: {error}. {self._cure()}") from error
 

@@ -12,7 +12,7 @@ from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext
 
 
 class Means:
-    """Collects tensors by key ("place/name") and gives the mean over all their elements once per log line.
+    """Collects tensors by key ("group/name") and gives the mean over all their elements once per log line.
 
     NaN elements mean "not scored": they are left out of the mean; a key without any scored element reads NaN.
     """

@@ -17,7 +17,7 @@ Kind = Literal["adamw", "adamw8bit"]
 
 
 class DenseState:
-    """The optimizer state of a parameter as plain named tensors: two moments like it, sharded as it is, and a step."""
+    """The optimizer state of a parameter as plain named tensors: two moments, sharded as it is, and a step."""
 
     def __init__(self, context: DistributedContext) -> None:
         self._context = context

@@ -25,7 +25,7 @@ SHOWN = {
     "reward/target": ("R(target)", "reward of the targets"),
     "weight/mean": ("w", "weight of the step toward the targets"),
     "weight/effective": ("targets", "effective number of targets"),
-    "weight/share_below_half": ("r<1/2", "share of targets with a normalized reward below 1/2"),
+    "weight/share_below_half": ("r<1/2", "share of targets with an optimality score r below 1/2"),
     "speed/images_per_s": ("images/s", "samples trained per second"),
 }
 """The statistics that are shown if a method has them: short name and meaning. Other loss/... keys follow loss/rl."""

@@ -128,7 +128,7 @@ def role_states(roles: Roles, cfg: LoopConfig, context: DistributedContext = SIN
 
 @contextmanager
 def ema_weights(state: RoleState) -> Iterator[None]:
-    """Inside, the role's network holds the EMA weights (for grids and evaluation); without EMA nothing changes."""
+    """Inside, the role's network holds the EMA weights (to validate and evaluate); without EMA nothing changes."""
     if state.ema is None:
         yield
         return

@@ -29,7 +29,7 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 class _Writer(threading.Thread):
-    """One checkpoint on its way to the disk."""
+    """The thread that writes one checkpoint."""
 
     def __init__(self, write: Callable[[], Path]) -> None:
         super().__init__(name="gdmd-checkpoint", daemon=True)  # a second Ctrl-C need not wait

@@ -67,7 +67,7 @@ def check_model(run: str, config: Mapping[str, Any]) -> None:
 
 
 def _start(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What adapters modify, without the places, which may differ."""
+    """What adapters modify, without file locations, which may differ."""
     lora = model.get("student_lora")
     return {
         "student": "a pipeline" if model.get("student") else None,
@@ -78,7 +78,7 @@ def _start(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_roles(run: str, roles: Roles) -> None:
-    """ValueError unless student and fake score of that run have the tensors of ``roles``; of a run reads headers only."""
+    """ValueError unless student and fake score of that run have the tensors of ``roles``; reads a run's headers only."""
     if file := student_file(run):
         asset = read_student_file(file)
         return _compare(run, lambda role: {name: tuple(one.shape) for name, one in part(asset, role).items()}, roles)
@@ -110,9 +110,8 @@ def warm_start(
     """Load student (its EMA if there is one) and fake score of another run or file; returns the message for the user.
 
     ``config``: of the new run. If its adapters have another lora_alpha than the other run's, B is scaled so that they
-    change the base model equally; a folder with nothing but checkpoints does not say its lora_alpha, which is then taken as
-    equal. Optimizers, counters and schedule start fresh, and the EMA starts at these weights. ValueError if the networks
-    differ.
+    change the base model equally; if that one is a folder with only checkpoints, its lora_alpha is taken as equal.
+    Optimizers, counters and schedule start fresh; the EMA starts at these weights. ValueError if the networks differ.
     """
     require_start(run)
     before = _config_of(run)
@@ -135,12 +134,12 @@ def _networks(run: str, context: DistributedContext) -> tuple[Mapping[Role, Mapp
     """The tensors of student and fake score, and what to tell the user about them."""
     if file := student_file(run):
         asset = read_student_file(file)
-        message = f"student (EMA) and fake start from {run}, {origin_of(asset)}"
+        message = f"student (EMA) and fake score start from {run}, {origin_of(asset)}"
         return {"student": part(asset, "student"), "fake": part(asset, "fake")}, [message]
     saved = newest(Path(run) / "checkpoints", context)
     assert saved is not None
     averaged = saved.part("ema")
-    message = f"student{' (EMA)' if averaged else ''} and fake start from step {saved.step} of {run}"
+    message = f"student{' (EMA)' if averaged else ''} and fake score start from step {saved.step} of {run}"
     return {"student": averaged or saved.part("student"), "fake": saved.part("fake")}, [*saved.messages, message]
 
 

@@ -71,7 +71,7 @@ def lines(gdmd: Gdmd, *arguments: str) -> list[str]:
         ("model=/models/sdxl", "model: got '/models/sdxl': should be a mapping; write 'model.path=/models/sdxl'"),
         (
             "rewards=[{kid: clip}]",
-            f"rewards.0: the key 'kind' is missing; write {{kind: ..., ...}}; known are: {KINDS}",
+            f"rewards.0: the key 'kind' is missing; write {{kind: ..., ...}}; known kinds are: {KINDS}",
         ),
         (
             "rewards=[{kind: callable, target: my_rewards.py}]",

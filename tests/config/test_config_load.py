@@ -99,7 +99,7 @@ def test_values_are_typed_and_frozen(tmp_path: Path) -> None:
         recipe.name = "other"  # type: ignore[misc]
 
 
-def test_overrides() -> None:
+def test_overrides_set_fields_at_any_depth() -> None:
     recipe = load(GOOD, "rewards.0.weight=-3", "loop.lr=2e-6", "notes.why=a=b", "method={kind: dmd_grpo}", "folder=x/y")
     assert recipe.rewards[0] == Clip(kind="clip", weight=-3)
     assert (recipe.loop.lr, recipe.notes, recipe.folder) == (2e-6, {"why": "a=b"}, "x/y")
@@ -128,7 +128,7 @@ def test_all_errors_at_once() -> None:
 
 
 def test_all_mistakes_between_the_fields_of_a_section_at_once() -> None:
-    """Also between sections, and those of a method that it shares with others."""
+    """This includes mistakes between sections, and those that a method's base class finds."""
     sections = {
         "model": {
             "kind": "diffusers",
@@ -153,7 +153,7 @@ def test_all_mistakes_between_the_fields_of_a_section_at_once() -> None:
 
 
 def test_mistakes_within_and_between_sections_at_once() -> None:
-    """With an invalid field, sections are not compared: what is wrong may follow from that field."""
+    """With an invalid field, sections are not compared, because a mismatch may follow from that field."""
     text = "name: x\nmethod: {kind: gdmd_tilted}\nloop: {batch_size: 6, micro_batch: 4}\nrewards: []\n"
     with pytest.raises(ConfigError) as caught:
         load_config(RunConfig, text)
@@ -171,7 +171,7 @@ def test_mistakes_within_and_between_sections_at_once() -> None:
     [
         ("nmae: x\nloop: {steps: 1}", "nmae: got 'x': unknown key; did you mean 'name'?"),
         ("loop: {steps: 1, sede: 1}", "loop.sede: got 1: unknown key; did you mean 'seed'?"),
-        ("loop: {steps: 1, x: 1}", "loop.x: got 1: unknown key; known are: betas, lr, seed, steps"),
+        ("loop: {steps: 1, x: 1}", "loop.x: got 1: unknown key; known keys are: betas, lr, seed, steps"),
         (
             "loop: {steps: 1}\nrewards: [{kind: clip}, {kind: clip, wieght: 1}]",
             "rewards.1.wieght: got 1: unknown key; did you mean 'weight'?",
@@ -188,7 +188,7 @@ def test_mistakes_within_and_between_sections_at_once() -> None:
         ),
         (
             "loop: {steps: 1}\nmethod: {gamma: 1}",
-            "method: the key 'kind' is missing; write {kind: ..., ...}; known are: gdmd, dmd_grpo",
+            "method: the key 'kind' is missing; write {kind: ..., ...}; known kinds are: gdmd, dmd_grpo",
         ),
         ("name: x", "loop: is missing; this key is required"),
         ("loop: {steps: true}", "loop.steps: got True: input should be a valid integer"),
@@ -288,7 +288,7 @@ def test_merge_keys_are_not_duplicates() -> None:
         (Finite, [-1, "-1e3"], [True, float("-inf"), "x"]),
     ],
 )
-def test_number_types(kind: object, good: list[object], bad: list[object]) -> None:
+def test_number_types_accept_and_reject_values(kind: object, good: list[object], bad: list[object]) -> None:
     adapter: TypeAdapter[float] = TypeAdapter(kind)
     for value in good:
         assert adapter.validate_python(value) == float(value)  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ def test_settings_are_the_trained_ones(shipped: Path, overrides: tuple[str, ...]
     ("content", "reason"),
     [("{", "Invalid JSON"), ("[]", "an object"), (json.dumps(CONTENT), "max_tokens: Field required")],
 )
-def test_damaged_marker(shipped: Path, content: str, reason: str) -> None:
+def test_damaged_marker_is_an_error(shipped: Path, content: str, reason: str) -> None:
     (shipped / MARKER).write_text(content)
     with pytest.raises(ConfigError, match=reason) as raised:
         read(f"model.path={shipped}")

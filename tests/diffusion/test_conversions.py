@@ -135,7 +135,7 @@ def test_shift_three_gives_the_sd3_steps_and_keeps_the_ends() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_guidance_is_linear_and_the_same_in_every_parameterisation(schedule: Schedule) -> None:
+def test_guidance_is_linear_and_the_same_in_every_parameterization(schedule: Schedule) -> None:
     _, _, x_t = truth(schedule)
     cond, uncond = (from_x0(torch.randn_like(x_t), x_t, T, schedule) for _ in range(2))
     one, none, five, seven = (plain(cond, uncond, g, T).x0 for g in (1.0, 0.0, 5.0, 7.0))

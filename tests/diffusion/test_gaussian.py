@@ -68,7 +68,7 @@ def test_a_constant_positive_weight_keeps_the_fixed_point(r: float) -> None:
 
 
 def test_r_zero_cancels_distillation_on_policy() -> None:
-    """w = lambda + gamma beta (2r - 1) = 0; fp32 leaves crumbs that Adam would inflate, so the gradient is checked."""
+    """w = lambda + gamma beta (2r - 1) = 0; Adam would amplify fp32 rounding errors, so the gradient is checked."""
     x0, x_tar = torch.randn(8, *SHAPE, requires_grad=True), torch.randn(8, *SHAPE)
     loss = dmd_loss(x0, x_tar) + napo_loss(x0, x0.detach(), x_tar, torch.zeros(8))
     (grad,) = torch.autograd.grad(loss.sum(), x0)

@@ -38,7 +38,7 @@ class TinyLab:
 def components() -> TinyLab:
     torch.manual_seed(3)
     net = ShapesDit(width=16, depth=1, heads=2)
-    for weight in net.parameters():  # a fresh DiT answers 0 and hears no caption
+    for weight in net.parameters():  # a fresh DiT returns 0 and ignores the caption
         nn.init.normal_(weight, std=0.2)
     return TinyLab(ShapesRoles(net), ShapesCodec(ShapesVae(16)), ShapesTextEncoder())
 

@@ -45,7 +45,7 @@ def test_student_fake_and_old_policy_are_never_guided() -> None:
 
 
 def test_guidance_one_is_the_plain_sampler() -> None:
-    """... at half the cost."""
+    """It gives the same images at half the cost."""
     batch, noise = prompts(), rng().normal("x", (8, 8, 8))
     runs = []
     for guidance in (None, 1.0, 2.0):

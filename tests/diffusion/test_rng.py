@@ -84,7 +84,7 @@ def test_another_step_is_reached_with_at() -> None:
 
 
 def test_a_scope_gives_independent_draws() -> None:
-    """... on the CPU too, and scopes nest."""
+    """The scope also applies on the host, and scopes nest."""
     base, other = draws(at(3)), draws(at(3).scoped("fake_samples/1"))
     assert all(not torch.equal(value, base[name]) for name, value in other.items())
     assert torch.equal(at(3).scoped("a").on_host().uniform("t"), at(3).scoped("a").uniform("t"))

@@ -64,7 +64,7 @@ def test_backward_simulation_equals_a_loop(sampler: StudentSampler) -> None:
 
 
 def test_stop_zero_is_the_noise() -> None:
-    """... and the noise is not modified."""
+    """Backward simulation returns the noise for stop 0, and does not modify it."""
     noise, student = RNG.normal("noise", SHAPE), Student()
     before = noise.clone()
     x_tau = backward_simulation(student, noise, STEPS, torch.zeros(B, dtype=torch.int64), WHO, noise_at, FlowSchedule())
@@ -74,7 +74,7 @@ def test_stop_zero_is_the_noise() -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_roll_out_and_the_sampler_are_one_sampler(sampler: StudentSampler) -> None:
+def test_a_rollout_equals_the_sampler(sampler: StudentSampler) -> None:
     noise, student = RNG.normal("noise", SHAPE), Student()
     last = torch.full((B,), len(STEPS) - 1)
     x_tau = backward_simulation(student, noise, STEPS, last, WHO, noise_at, FlowSchedule(), sampler=sampler)
@@ -88,7 +88,7 @@ def never(i: int) -> Tensor:
 
 @pytest.mark.parametrize("schedule", [FlowSchedule(), VpSchedule(zero_snr=True)])
 def test_deterministic_student_samples_as_the_ode(schedule: Schedule) -> None:
-    """... in float64 and without a draw, down to t = 0, where x is x0 (up to VP's first training step)."""
+    """In float64, without a draw, down to t = 0, where x is x0 (up to VP's first training step)."""
 
     def net(x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         return from_x0(torch.tanh(x_t * (1 + t[:, None, None, None])), x_t, t, schedule)
@@ -123,7 +123,7 @@ def test_one_step_needs_no_second_noise() -> None:
     assert torch.equal(x0, Student()(noise, torch.ones(B), WHO).x0)
 
 
-def test_roll_outs_carry_no_gradient() -> None:
+def test_rollouts_carry_no_gradient() -> None:
     weight = torch.tensor(0.5, requires_grad=True)
 
     def net(x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
@@ -189,7 +189,7 @@ def test_stopped_and_continued_rollout_is_the_sampler() -> None:
     assert sum(student.calls) == sum(3 - s for s in stop.tolist())
 
 
-def test_the_last_step_is_made_again_from_fresh_draw() -> None:
+def test_the_last_step_is_repeated_from_fresh_noise() -> None:
     student, stop = Affine(), torch.full((4,), 3)
     cond = {"shift": torch.zeros(4, dtype=torch.float64)}
     end = continuation(student, draw("x0"), stop, STEPS, cond, lambda i: draw("again", i), FlowSchedule())
@@ -199,7 +199,7 @@ def test_the_last_step_is_made_again_from_fresh_draw() -> None:
 
 
 def test_deterministic_continuation_has_one_fresh_draw() -> None:
-    """... at the step after the one where the rollout stopped; two draws give two ends, equal from there on."""
+    """Only the step after the stop of the rollout has fresh noise; two draws give two different results."""
     stop, cond = torch.tensor([0, 1, 2, 3]), {"shift": torch.tensor([0.1, 0.2, -0.3, 0.4], dtype=torch.float64)}
     student, again = Affine(), lambda i: draw("again", i)  # noqa: E731
     end = continuation(student, draw("x0"), stop, STEPS, cond, again, FlowSchedule(), sampler="ode")

@@ -1,4 +1,4 @@
-"""Small promises of the schedules: shapes, dtypes, ends, and where a conversion has no answer."""
+"""Details of the schedules: shapes, dtypes, end points, and where a conversion is undefined."""
 
 from __future__ import annotations
 
@@ -71,15 +71,15 @@ def test_time_belongs_to_the_sample(schedule: Schedule) -> None:
         torch.testing.assert_close(whole[k : k + 1], renoise(x0[k : k + 1], t[k : k + 1], eps[k : k + 1], schedule))
 
 
-def test_a_conversion_without_an_answer_is_not_hidden() -> None:
-    """eps at t = 0 and x0 at the flow's t = 1 do not exist; a made-up number would train on."""
+def test_an_undefined_conversion_is_not_finite() -> None:
+    """eps at t = 0 and x0 at the flow's t = 1 are undefined; a clamped number would go unnoticed in training."""
     x = torch.ones(1, 1, 1, 1)
     assert not from_x0(2 * x, x, torch.zeros(1), FlowSchedule()).eps.isfinite().any()
     assert not from_eps(2 * x, x, torch.ones(1), FlowSchedule()).x0.isfinite().any()
 
 
 def test_time_shift() -> None:
-    """A shift of 1 is the identity, a larger one moves towards noise."""
+    """A shift of 1 is the identity, a larger one moves toward noise."""
     t = torch.linspace(0, 1, 9)
     assert torch.equal(shift_time(t, 1.0), t)
     assert (shift_time(t, 3.0)[1:-1] > t[1:-1]).all()

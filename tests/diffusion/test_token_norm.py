@@ -1,4 +1,4 @@
-"""Guidance that keeps the length of every token, in float64."""
+"""Guidance that keeps the norm of every token, in float64."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from gdmd.methods.scorer import mean_advantage
 
 
 def test_z_is_a_bias_corrected_ema_of_std() -> None:
-    """Of each reward separately."""
+    """Each reward has its own Z."""
     scale, batches = RunningScale(2, decay=0.9), [torch.randn(2, 3, 4, 5) * k for k in (1.0, 5.0, 0.3)]
     for n in range(1, 4):
         z = scale.update(batches[n - 1])
@@ -41,7 +41,7 @@ def test_a_constant_reward_has_scale_zero() -> None:
 
 
 def test_z_about_zero_is_the_root_mean_square() -> None:
-    """Of one number, too; unscored values are left out."""
+    """A single number is enough; unscored values are left out."""
     scale = RunningScale(2, about_zero=True)
     z = scale.update(torch.tensor([[3.0, math.nan, 4.0], [-2.0, math.nan, math.nan]]))
     torch.testing.assert_close(z, torch.tensor([math.sqrt(12.5), 2.0]))
@@ -110,7 +110,7 @@ def test_softmax_weights_have_mean_one_and_follow_the_advantage() -> None:
 
 
 def test_softmax_weights_ignore_shifts() -> None:
-    """... and stay finite for large advantages."""
+    """They also stay finite for large advantages."""
     advantage = torch.randn(4, 3)
     torch.testing.assert_close(softmax_weights(advantage + 7, 1.5), softmax_weights(advantage, 1.5))
     huge = softmax_weights(torch.tensor([[1e4], [0.0]]), 1.0)

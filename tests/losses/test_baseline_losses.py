@@ -30,7 +30,7 @@ def test_the_gan_losses_are_those_of_logistic_regression() -> None:
     torch.testing.assert_close(generator_loss(student)[:2], tensor(0.048587351573742, math.log(2)), rtol=1e-12, atol=0)
 
 
-def test_the_student_still_learns_where_the_head_is_sure_of_itself() -> None:
+def test_the_generator_gradient_does_not_vanish_where_the_head_is_certain() -> None:
     logit = tensor(-30.0, 0.0, 30.0).requires_grad_(True)
     (grad,) = torch.autograd.grad(generator_loss(logit).sum(), logit)
     torch.testing.assert_close(grad, tensor(-1.0, -0.5, 0.0), rtol=0, atol=1e-12)
@@ -59,7 +59,7 @@ def test_tilt_of_one_reward() -> None:
 
 
 def test_the_literal_tilt_hardly_uses_rewards_and_the_standardized_one_does() -> None:
-    """Scores of PickScore's size (.22 +- .01 as cosines) at a batch of 32."""
+    """Scores of PickScore's size (0.22 +- 0.01 as cosines) at a batch of 32."""
     r = 0.22 + 0.01 * np.random.default_rng(0).standard_normal(32)
     literal, used = (reward_tilt(torch.tensor(r)[None], unit=unit).numpy() for unit in ("norm", "std"))
     assert literal.mean() == pytest.approx(1.19, abs=0.01) and literal.std() / literal.mean() < 0.02
@@ -67,7 +67,7 @@ def test_the_literal_tilt_hardly_uses_rewards_and_the_standardized_one_does() ->
 
 
 def test_tilt_of_several_rewards() -> None:
-    """Their mean, which does not depend on units; nor on a shift when it is standardized."""
+    """The weight is the mean over rewards. It does not depend on units or, if standardized, on a shift."""
     first, second = tensor(3.0, -4.0), tensor(0.0, 2.0)
     wanted = tensor((math.e + math.exp(-1)) / 2, (math.exp(-1) + math.e) / 2)
     torch.testing.assert_close(reward_tilt(torch.stack([first, second])), wanted, rtol=1e-14, atol=0)

@@ -1,4 +1,4 @@
-"""DMD's gradient, its regression form and the fake's denoising loss, against independent numpy."""
+"""DMD's gradient, its regression form and the fake score's denoising loss, against independent numpy."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_gradient_without_normalizer() -> None:
     assert torch.equal(raw, x0_fake - x0_real) and torch.equal(implicit_target(x0, raw), x0 - (x0_fake - x0_real))
 
 
-def test_the_normalizer_is_of_one_sample_and_broadcasts() -> None:
+def test_the_normalizer_is_per_sample_and_broadcasts() -> None:
     x0, x0_real, _ = three()
     n = normalizer(x0, x0_real)
     assert n.shape == (4, 1, 1, 1)
@@ -46,7 +46,7 @@ def test_the_normalizer_is_of_one_sample_and_broadcasts() -> None:
     assert torch.equal(normalizer(x0, other)[0], n[0])
 
 
-def test_the_gradient_follows_a_change_of_units_by_not_changing() -> None:
+def test_the_normalized_gradient_does_not_depend_on_units() -> None:
     x0, x0_real, x0_fake = three()
     torch.testing.assert_close(dmd_gradient(7 * x0, 7 * x0_real, 7 * x0_fake), dmd_gradient(x0, x0_real, x0_fake))
 
@@ -71,7 +71,7 @@ def test_the_gradient_of_the_dmd_loss_is_two_grad_over_the_size() -> None:
 
 
 def test_loss_is_a_mean_without_a_half() -> None:
-    """Its target is a constant."""
+    """|| x0 - x_tar ||^2 is a mean over C, H, W, and x_tar a constant."""
     x0 = torch.zeros(SHAPE, dtype=torch.float64, requires_grad=True)
     x_tar = torch.full(SHAPE, 3.0, dtype=torch.float64, requires_grad=True)
     loss = dmd_loss(x0, x_tar)

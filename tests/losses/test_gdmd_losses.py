@@ -76,7 +76,7 @@ def test_on_policy_the_total_gradient_is_w_times_the_dmd_gradient(dmd_weight: fl
 
 
 def test_r_half_is_zero_on_policy() -> None:
-    """Zero on-policy, a pull to the old policy off-policy."""
+    """On-policy the gradient is zero, off-policy it points to the old policy."""
     x0, x_old, x_tar = three()
     half = torch.full((B,), 0.5, dtype=torch.float64)
     assert gradient(x_old, x_old, x_tar, half, 0.0, 1.0, 1.0).abs().max() < 1e-15
@@ -85,7 +85,7 @@ def test_r_half_is_zero_on_policy() -> None:
 
 
 def test_cosine_is_the_sign_of_2r_minus_1() -> None:
-    """Per sample, with the DMD gradient."""
+    """The cosine of the RL and the DMD gradient of each sample."""
     _, x_old, x_tar = three()
     keep = R != 0.5
     reinforced = gradient(x_old, x_old, x_tar, R, 0.0, 1.0, 0.4).flatten(1)[keep]
@@ -96,7 +96,7 @@ def test_cosine_is_the_sign_of_2r_minus_1() -> None:
 
 @given(dmd_weight=weights, gamma=weights, beta=weights, r=shares)
 def test_minimizer(dmd_weight: float, gamma: float, beta: float, r: float) -> None:
-    """The loss is convex with the Hessian 2 (lambda + gamma beta^2) / N, so that its only stationary point is the least."""
+    """The loss is convex with Hessian 2 (lambda + gamma beta^2) / N, so its only stationary point is the minimum."""
     _, x_old, x_tar = three()
     shared = torch.full((B,), r, dtype=torch.float64)
     least = napo_minimizer(x_old, x_tar, shared, dmd_weight, gamma, beta)
@@ -140,7 +140,7 @@ def test_rl_gradient_is_in_the_span_of_the_group() -> None:
 
 
 def test_first_order_gain_is_the_limit_of_small_steps() -> None:
-    """Of the difference quotient, in float64: its error falls with s."""
+    """In float64 the difference quotient approaches it as s falls."""
     x0, step = torch.randn(SHAPE, dtype=torch.float64), torch.randn(3, *SHAPE, dtype=torch.float64)
     rewards = (lambda x: x.sigmoid().flatten(1).mean(1), lambda x: (x[:, 0] * x[:, 1]).sin().flatten(1).sum(1))
     own = x0.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""The losses of the sample-based rivals against numbers computed by hand or in numpy float64, and their gradients."""
+"""The losses of the sample-based baselines and their gradients, against numbers by hand or in numpy float64."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_group_advantages_are_the_golden_numbers(spread: str, wanted: list[float
     np.testing.assert_allclose(advantage.numpy(), wanted, atol=1e-9)
     whole = np.array(REWARD)
     mean = np.array([whole[np.array(GROUP) == g].mean() for g in GROUP])
-    if spread == "global":  # and those of the authors' code, up to its 1e-4 beside std
+    if spread == "global":  # and those of the authors' code, up to the 1e-4 that it adds to std
         np.testing.assert_allclose(advantage.numpy(), (whole - mean) / (whole.std() + 1e-4), rtol=3e-4)
 
 
@@ -130,8 +130,8 @@ def test_nft_on_policy_gradient_ignores_beta(beta: float) -> None:
     x0, advantage = x0_old.clone().requires_grad_(), double([2.0, -1.0, 0.5, -3.0])
     error = x0_old - target
     wanted = 2 / 27 * (advantage / error.abs().mean((1, 2, 3)))[:, None, None, None] * error
-    slope = gradient(nft_loss(x0, x0_old, target, nft_optimality(advantage), beta), x0)
-    torch.testing.assert_close(slope, wanted)
+    found = gradient(nft_loss(x0, x0_old, target, nft_optimality(advantage), beta), x0)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_mixing_velocities_is_mixing_x0() -> None:
@@ -148,7 +148,7 @@ def test_mixing_velocities_is_mixing_x0() -> None:
     torch.testing.assert_close(nft_loss(x_t - t * v, x_t - t * v_old, target, r, beta), wanted)
 
 
-def test_an_error_of_zero_is_no_division_by_zero() -> None:
+def test_an_error_of_zero_has_loss_zero_not_nan() -> None:
     x = torch.randn(2, 1, 2, 2)
     assert torch.equal(nft_loss(x, x, x, torch.ones(2), 1.0), torch.zeros(2))
 
@@ -163,9 +163,9 @@ def test_the_clipped_policy_loss_is_the_golden_number() -> None:
 def test_the_policy_loss_has_gradient_only_inside_the_clip() -> None:
     new = double([0.3, 0.3, -0.3, -0.3, 0.0, 0.0]).requires_grad_()
     advantage = double([2.0, -2.0, 2.0, -2.0, 3.0, -1.0])
-    slope = gradient(grpo_loss(new, torch.zeros(6).double(), advantage, 0.2), new)
+    found = gradient(grpo_loss(new, torch.zeros(6).double(), advantage, 0.2), new)
     ratio = new.detach().exp()
-    torch.testing.assert_close(slope, -ratio * advantage * double([0, 1, 1, 0, 1, 1]))
+    torch.testing.assert_close(found, -ratio * advantage * double([0, 1, 1, 0, 1, 1]))
 
 
 def test_dpo_at_the_reference() -> None:
@@ -183,7 +183,7 @@ def test_the_dpo_loss_is_the_golden_number() -> None:
     np.testing.assert_allclose(loss.numpy(), [0.2632824673, 1.4632824673], rtol=1e-9)
 
 
-def test_refl_asks_for_reward_up_to_the_margin() -> None:
+def test_the_refl_gradient_stops_at_the_margin() -> None:
     reward = double([0.2, 0.7, 0.9, math.nan]).requires_grad_()
     loss = refl_loss(reward, 0.7)
     assert loss[:3].tolist() == pytest.approx([0.5, 0.0, 0.0]) and loss[3].isnan()

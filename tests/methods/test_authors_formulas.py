@@ -121,7 +121,7 @@ def test_nft_samples_come_from_the_old_policy() -> None:
 
 
 def test_nft_samples_differ_from_the_students() -> None:
-    """... once the student has moved away from its EMA."""
+    """The old policy's samples differ from the student's once the student has moved away from its EMA."""
     roles = tiny_roles()
     method = make("dmd_nft", roles, images_per_prompt=4, fake_updates=1)
     train(method, roles, 3, batch=grouped())
@@ -169,7 +169,7 @@ def test_shared_samples_change_the_other_fake_updates_only(kind: str) -> None:
 
 
 def test_rollout_of_a_fake_update() -> None:
-    """Its x0 is that of a rollout from independent draws with the weights before the student's update."""
+    """A fake update learns from a rollout of independent draws, with the weights before the student's update."""
     roles = tiny_roles()
     method = make("dmd", roles, fake_updates=2, student_steps=(1.0,))
     batch = stream().at(2)

@@ -43,17 +43,17 @@ def test_gan_gradient_reaches_head_and_fake_only() -> None:
     frozen = [*roles.teacher.net.parameters(), *roles.parameters("student").values()]
     for parameter in frozen:
         parameter.requires_grad_(True)
-    trunk = roles.parameters("fake")["blocks.0.qkv.weight"]
+    backbone = roles.parameters("fake")["blocks.0.qkv.weight"]
     batch, loss = update.batch, update.loss(update.batch)
     denoise = loss.stats["loss/fake"]
     torch.testing.assert_close(loss.per_sample.detach(), denoise + loss.stats["loss/head"])
     loss.per_sample.mean().backward()
-    with_gan = trunk.grad.clone()  # type: ignore[union-attr]
+    with_gan = backbone.grad.clone()  # type: ignore[union-attr]
     assert all(weights.grad is not None and weights.grad.any() for weights in head(roles).values())
     assert all(parameter.grad is None for parameter in frozen)
-    trunk.grad = None
+    backbone.grad = None
     dmd2(roles).fake_loss(batch).per_sample.mean().backward()
-    assert not torch.allclose(with_gan, trunk.grad)  # type: ignore[arg-type]
+    assert not torch.allclose(with_gan, backbone.grad)  # type: ignore[arg-type]
 
 
 def test_the_student_follows_a_frozen_head() -> None:
@@ -76,7 +76,7 @@ def test_the_student_follows_a_frozen_head() -> None:
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-6)
 
 
-def test_a_student_update_moves_the_logit_towards_real() -> None:
+def test_a_student_update_moves_the_logit_toward_real() -> None:
     roles = tiny_roles(head=True)
     method = dmd2(roles, gan_weight=1.0)
     update = next(updates(method, roles, role="student"))

@@ -238,9 +238,9 @@ def test_grpo_gradient_is_the_policy_gradient() -> None:
 
 def test_extremes_of_each_group() -> None:
     """The best and the worst of each group, among scored samples."""
-    merit = torch.tensor([1.0, 3.0, math.nan, 2.0, 5.0, 5.0, math.nan, 0.0])
+    advantage = torch.tensor([1.0, 3.0, math.nan, 2.0, 5.0, 5.0, math.nan, 0.0])
     group = torch.tensor([7, 7, 7, 7, 2, 2, 9, 9])
-    best, worst, known = extremes(merit, group)
+    best, worst, known = extremes(advantage, group)
     assert best[:4].tolist() == [1] * 4 and worst[:4].tolist() == [0] * 4 and known[:4].all()
     assert known[4:].tolist() == [False] * 4  # equal rewards; one scored image
 

@@ -80,7 +80,7 @@ def test_collection_modes(collection: str) -> None:
 
 
 def test_permuting_the_group_permutes_r() -> None:
-    """... and keeps the summed gradient."""
+    """The sum of the gradients stays the same."""
     roles, order = tiny_roles(), [2, 0, 1]
     batch, method = prompts(), gdmd(roles)
     r, group = method.rollout(batch, rng()), Group()
@@ -116,7 +116,7 @@ def test_the_reward_sees_the_scored_step(step: float, normalize: bool) -> None:
 
 
 def test_scored_step_0_is_the_limit_of_small_steps() -> None:
-    """... for gains per step length and for r, with two rewards and one decoding, that of x0."""
+    """The gains per step length and r agree, for two rewards; step 0 decodes x0 only."""
     rewards = Toy(), Toy("other", 1, factor=5.0)
     found = {}
     for step in (0.0, 0.01):
@@ -131,7 +131,7 @@ def test_scored_step_0_is_the_limit_of_small_steps() -> None:
 
 
 def test_z_is_the_root_mean_square_of_the_gains() -> None:
-    """Two rewards in other units, which the same step improves and worsens."""
+    """Two rewards in different units; the same step improves one and worsens the other."""
     roles, batch = tiny_roles(), prompts()
     method = gdmd(roles, Toy(), Toy("other", 1), group_size=2)
     gain = torch.tensor([[3.0, 1.0], [-0.1, 0.2]])[:, :, None].expand(2, 2, 4)  # [R, eta, B]

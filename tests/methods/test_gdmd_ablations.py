@@ -18,7 +18,7 @@ def control(name: str, roles: Any, *rewards: Toy) -> Any:
     return make("gdmd_ablation", roles, *rewards, group_size=3, control=name)
 
 
-def test_shuffled_r_has_other_owners() -> None:
+def test_shuffled_r_belongs_to_other_samples() -> None:
     first, second, third = tiny_roles(), tiny_roles(), tiny_roles()
     plain, mixed = scored(gdmd(first), first), scored(control("shuffled", second), second)
     assert torch.equal(plain.flatten().sort().values, mixed.flatten().sort().values)
@@ -36,7 +36,7 @@ def test_constant_r_is_its_running_mean() -> None:
 
 
 def test_constant_r_leaves_unscored_samples_out() -> None:
-    """... and survives a step without any score."""
+    """After a step without any score the running mean still works."""
     roles = tiny_roles()
     reward = Toy(unscored=(0, 1, 2, 3))
     method = control("constant", roles, reward)
@@ -47,7 +47,7 @@ def test_constant_r_leaves_unscored_samples_out() -> None:
 
 
 def test_indicator_keeps_improving_targets_only() -> None:
-    """Their weight is lambda, that of L_DMD."""
+    """Targets with r > 1/2 and unscored ones have weight lambda, the others 0."""
     roles, kept = tiny_roles(), []
     method = make("gdmd_ablation", roles, Toy(unscored=(3,)), group_size=3, control="indicator", dmd_weight=2.0)
     for update in updates(method, roles, role="student"):
@@ -72,8 +72,8 @@ def test_shuffled_tilt_keeps_the_rollouts() -> None:
     torch.testing.assert_close(weights[1][1].mean((0, 1)), torch.ones(4))
 
 
-def test_shuffled_gradients_all_change_their_owner() -> None:
-    """The gradients are those of the batch, and other owners get them in another step."""
+def test_no_sample_keeps_its_shuffled_gradient() -> None:
+    """The gradients are those of the batch, and go to other samples in another step."""
     roles = tiny_roles()
     found = []
     for kind in ("gdmd_tilted", "gdmd_tilted_shuffled"):

@@ -90,7 +90,7 @@ def test_rollouts_are_finished_once_for_all_draws() -> None:
 
 
 def test_extra_fake_updates_come_before_the_targets() -> None:
-    """Each with its own noise on the same rollout; the scores of the target are those of a fake score that has made them."""
+    """Each with its own noise on the same rollout; the target uses the fake score after these updates."""
     roles = tiny_roles()
     method = tilted(roles, group_size=1, extra_fake_updates=2)
     found = list(updates(method, roles))
@@ -103,8 +103,8 @@ def test_extra_fake_updates_come_before_the_targets() -> None:
     assert (found[3].batch.x_tar - plain).abs().max() > 1e-4
 
 
-def test_weights_are_those_of_scores_measured_from_the_sample() -> None:
-    """A softmax over the targets of one sample does not see what they are measured from."""
+def test_weights_equal_those_of_scores_relative_to_the_sample() -> None:
+    """Subtracting the sample's own score from all its targets does not change their softmax."""
     roles = tiny_roles()
     method = tilted(roles, Toy(), Toy("b", 1, factor=3.0), gamma=2.0, group_size=1)
     r = method.rollout(prompts(), rng())
@@ -129,7 +129,7 @@ def test_z_is_the_spread_of_the_rollouts(draws: int) -> None:
 
 
 def test_weights_are_logged() -> None:
-    """As their mean and the effective number of targets."""
+    """The log has their mean and the effective number of targets."""
     roles, count = tiny_roles(), 3 * 3
     for gamma, low, high in ((1e-6, count - 0.01, count + 0.01), (1e6, 3.0, 3.6)):
         method = tilted(roles, gamma=gamma)
@@ -212,7 +212,7 @@ def test_no_reward_gradient_without_scores_or_z() -> None:
 
 
 def test_two_rollouts_are_differentiated() -> None:
-    """Their scores come from the same decoding."""
+    """Score and gradient of a rollout come from one decoding."""
     roles, codec = tiny_roles(), ToyCodec()
     list(updates(tilted(roles, codec=codec, reward_gradient=WEIGHT), roles))
     assert [latents.requires_grad for latents in codec.shown] == [True, True, False]
@@ -260,7 +260,7 @@ def test_reward_gradient_needs_differentiable_rewards() -> None:
     ({"student_steps": [1.0]}, "at least 2 student_steps"),
     ({"continuations": 1}, "greater than or equal to 2"),
 ])  # fmt: skip
-def test_rollouts_need_steps_and_company(options: dict[str, Any], message: str) -> None:
+def test_rollouts_need_two_steps_and_two_continuations(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         make("gdmd_tilted", tiny_roles(), **options)
 

@@ -190,7 +190,7 @@ def test_every_stored_student_has_a_case() -> None:
     assert read()["students"].keys() == RECIPES.keys()
 
 
-def test_cases_differ() -> None:
+def test_no_two_cases_store_the_same_student() -> None:
     students = read()["students"].values()
     assert len({one["student"] for one in students}) == len(students)
 

@@ -24,7 +24,7 @@ from gdmd.types import PromptBatch
 
 
 def test_rewards_see_clipped_images_without_graph() -> None:
-    """Without a graph, on images in [0, 1]."""
+    """Rewards are called without a graph, on fp32 images in [0, 1]."""
     seen = []
 
     class Spy(Toy):

@@ -100,7 +100,7 @@ def steps(name: str) -> range:
 
 @pytest.mark.parametrize("kind", OFF)
 def test_weight_zero_is_dmd_bit_for_bit(kind: str) -> None:
-    """... at the same update ratio, and nothing is decoded or scored."""
+    """The update ratio is the same, and nothing is decoded or scored."""
     options, codec = OFF[kind], ToyCodec()
     second, plain = tiny_roles(), train(*plain_dmd(kind, **options))
     assert same(train(make(kind, second, codec=codec, **options), second), plain)
@@ -163,7 +163,7 @@ def networks(roles: ShapesRoles) -> dict[str, list[Tensor]]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_reach_their_own_role_only(name: str) -> None:
-    """... no teacher, old policy, decoder or reward; and batches hold no graph."""
+    """No gradient reaches teacher, old policy, decoder or reward, and batches hold no graph."""
     codec, reward = ToyCodec(), Toy()
     method, roles = world(name, reward, codec=codec)
     found = networks(roles)
@@ -191,7 +191,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_loss_is_one_deterministic_number_per_sample(name: str) -> None:
-    """... which may be computed in micro-batches and uses no global randomness."""
+    """It may be computed in micro-batches and uses no global randomness."""
     method, roles = world(name, Toy(unscored=(1,)))
     for step in steps(name):
         for update in updates(method, roles, step, batch=grouped()):

@@ -39,7 +39,7 @@ def run(method: CountedMethod, roles: ShapesRoles, steps: int = 1) -> CountedMet
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize(("guidance", "teacher"), [(5.0, 2), (1.0, 1)])
 def test_passes_of_gdmd_are_those_of_the_algorithm(group: int, guidance: float, teacher: int) -> None:
-    """x0 once, then eta times: fake 3 (a backward is two), teacher 2 or 1, fake 1, student 3; METHOD section 3."""
+    """x0 once, then eta times: fake 3 (a backward is two), teacher 2 or 1, fake 1, student 3."""
     roles = tiny_roles()
     method = run(counted(gdmd(roles, group_size=group, guidance=guidance, **ONE_STEP), roles), roles)
     assert method.cost.passes == BATCH * (1 + group * (3 + teacher + 1 + 3))
@@ -55,7 +55,7 @@ def test_passes_of_dmd() -> None:
         assert method.cost.updates == 2
 
 
-def test_the_roll_out_costs_what_its_depth_is() -> None:
+def test_a_rollout_costs_one_pass_per_step() -> None:
     roles = tiny_roles()
     method = run(counted(dmd(roles, fake_updates=1), roles), roles)
     depth = int(rng().integer("tau", 4).sum())
@@ -63,7 +63,7 @@ def test_the_roll_out_costs_what_its_depth_is() -> None:
 
 
 def test_counting_changes_nothing() -> None:
-    """... and counts only inside iterations."""
+    """Counted training equals plain training; calls outside an iteration are not counted."""
     plain, watched = tiny_roles(), tiny_roles()
     for step in range(2):
         for update in gdmd_iteration(plain, step):

@@ -14,7 +14,7 @@ from gdmd.shapes.networks import ShapesVae
 from gdmd.shapes.roles import ShapesCodec, ShapesRoles
 
 
-def test_a_run_in_bf16_enters_no_autocast_but_that_of_its_networks(tmp_path: Path) -> None:
+def test_a_bf16_run_computes_its_losses_outside_autocast(tmp_path: Path) -> None:
     inside: list[bool] = []
 
     def look(step: int, role: str, per_sample: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def test_refl_refuses_a_black_box_reward_unless_it_is_not_used() -> None:
     baseline("dmd_refl", tiny_roles(), box, rl_weight=0.0)
 
 
-def test_nft_learns_at_re_noisings_of_the_samples_that_were_scored() -> None:
+def test_nft_trains_on_the_re_noised_scored_samples() -> None:
     roles, codec = tiny_roles(), ToyCodec()
     batches = [update.batch for update in run(baseline("dmd_nft", roles, codec=codec, nft_steps=(0.9, 0.3)), roles)]
     assert len(codec.shown) == 1

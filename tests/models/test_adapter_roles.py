@@ -112,8 +112,8 @@ def test_checkpointed_blocks_keep_their_role(folders: Path, name: str) -> None:
     assert torch.equal(checkpointed.teacher(*at).x0, plain.teacher(*at).x0)  # after a backward pass, too
 
 
-def test_checkpointing_that_a_given_network_has_on_is_switched_off(folders: Path) -> None:
-    """Its recomputation does not know adapters: it would run with the one that was active last."""
+def test_the_checkpointing_of_a_given_network_is_switched_off(folders: Path) -> None:
+    """Its recomputation would use the adapter that is active in the backward pass, not that of the forward pass."""
     plain, family = roles_of(folders, "sdxl", checkpointing=False), copy.copy(opened(folders / "sdxl", "fp32"))
     family.net = copy.deepcopy(family.net)
     family.net.enable_gradient_checkpointing()
@@ -193,7 +193,7 @@ def test_old_policy_of_another_network_is_an_error(folders: Path) -> None:
 
 
 @pytest.mark.parametrize("full", ["none", "fake"])
-def test_blended_teacher(folders: Path, full: str) -> None:
+def test_blended_teacher_goes_from_teacher_to_fake_score(folders: Path, full: str) -> None:
     roles = roles_of(folders, full=full)
     wake(roles, "fake", 1)
     at = states(roles)
@@ -391,7 +391,7 @@ def test_compiling_without_a_compiler_is_an_error(monkeypatch: pytest.MonkeyPatc
         require_compiler("cpu")
 
 
-def test_forward_chunk(folders: Path) -> None:
+def test_forward_chunk_splits_calls_without_gradient(folders: Path) -> None:
     whole, parts = roles_of(folders, forward_chunk=0), roles_of(folders, forward_chunk=2)
     for roles in (whole, parts):
         wake(roles, "student", 3)

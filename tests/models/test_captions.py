@@ -47,9 +47,9 @@ def test_prompts_are_reported_as_equal_exactly_if_their_embeddings_are(folders: 
     assert not equal(encoder.encode(fits[:1]), encoder.encode(fits[1:]))
     assert equal(encoder.encode(cut[:1]), encoder.encode(cut[1:]))
     assert last.reaching(fits).keys() == set(fits)
-    assert "the same to it" not in str(encoder.long_prompts(fits))
+    assert "the same after truncation" not in str(encoder.long_prompts(fits))
     said = str(encoder.long_prompts([*cut, "short", "short"]))
-    assert "2 of 3 prompts are longer" in said and "2 different prompts are the same to it" in said
+    assert "2 of 3 prompts are longer" in said and "2 different prompts are the same after truncation" in said
     assert f"{last.name} reads {last.room} tokens: 2 longer, up to {last.room + 1}" in said
     assert ("model.max_tokens (now 256)" in said) == (name not in ("sd15", "sdxl"))
 
@@ -61,7 +61,7 @@ def test_prompts_that_fit_are_not_reported(folders: Path, name: str) -> None:
     assert encoder.long_prompts(["", "a dog", "é" * (room // 4), "x" * (room - 2)]) is None
 
 
-def test_default_length(folders: Path) -> None:
+def test_readers_use_the_default_prompt_length(folders: Path) -> None:
     pipe = shared(tiny.saved(folders, "sana")).pipe
     (reader,) = readers_of(pipe)
     assert reader.room == 298  # of 300 two are the instruction's last token and the first of all

@@ -91,7 +91,7 @@ def test_teacher_sampling_equals_the_pipeline(folders: Path, name: str, size: tu
 
 
 def test_krea2_reads_the_time_in_its_dtype(folders: Path) -> None:
-    """As its pipeline rounds it, which moves a time in bf16 by up to two of 1000 training steps."""
+    """Its pipeline rounds t to that dtype; in bf16 this moves t by up to two of 1000 training steps."""
     family = opened(folders, "krea2", dtype="bf16").at_size(32, 64)
     noise, null = torch.randn(2, *family.latent_shape), family.encoder.null(2)
     path, cond = family.teacher_times(STEPS), family.encoder.encode(CAPTIONS)
@@ -113,7 +113,7 @@ def test_full_copy_in_bf16_starts_as_the_teacher(folders: Path, name: str) -> No
 
 @pytest.mark.parametrize("name", ["flux", "flux2_klein", "krea2", "qwen_image", "z_image"])
 def test_student_times_follow_the_size(folders: Path, name: str) -> None:
-    """As the exported scheduler shifts them in the stock pipeline, which reads the size of its call."""
+    """They are the times of the exported scheduler in the stock pipeline, called at the same size."""
     family, found = opened(folders, name), []
     family.pipe.scheduler = student_scheduler(family, UNIFORM)
     for height, width in ((32, 32), (64, 32)):
@@ -155,7 +155,7 @@ def test_conditioning_shapes_do_not_depend_on_the_caption(folders: Path, name: s
 
 
 @pytest.mark.parametrize("name", ["sd3", "qwen_image", "qwen_image21"])
-def test_decoding_in_chunks(folders: Path, name: str) -> None:
+def test_decoding_in_chunks_equals_the_whole_batch(folders: Path, name: str) -> None:
     family = shared(tiny.saved(folders, name))
     latents = torch.randn(3, *family.latent_shape, requires_grad=True)
     one_by_one = family.codec.decode(latents)
@@ -201,13 +201,13 @@ def test_packing_has_an_inverse() -> None:
     assert torch.equal(unpack(pack(x), 4, 6), x)
 
 
-def test_student_times(folders: Path) -> None:
+def test_student_times_are_shifted_or_training_steps(folders: Path) -> None:
     assert shared(tiny.saved(folders, "sd3")).student_times(UNIFORM) == pytest.approx((1, 0.9, 0.75, 0.5))
     discrete = [999 * t for t in shared(tiny.saved(folders, "sdxl")).student_times(UNIFORM)]
     assert discrete == pytest.approx([999, 749, 499, 249])
 
 
-def test_sd3_without_t5(folders: Path, tmp_path: Path) -> None:
+def test_sd3_without_t5_reads_zeros_in_its_place(folders: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sd3"
     shutil.copytree(tiny.saved(folders, "sd3"), folder)
     shutil.rmtree(folder / "text_encoder_3")
@@ -226,7 +226,7 @@ def test_unload_keeps_the_unconditional_input(folders: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux2", "qwen_image21", "krea2"])
-def test_lazy_text_encoder(folders: Path, name: str) -> None:
+def test_lazy_text_encoder_gives_the_same_embeddings(folders: Path, name: str) -> None:
     at_once, late = opened(folders, name), open_family(tiny.config(folders / name), encoders=False)
     assert late.pipe.text_encoder is None
     text = LazyTextEncoder(late)

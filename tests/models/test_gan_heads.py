@@ -174,9 +174,9 @@ def test_gan_gradient_reaches_fake_and_student(folders: Path, name: str) -> None
     roles = roles_of(folders, name)
     whole, small = gradients(roles), gradients(roles, head_weight=1e-9, gan_weight=1e-9)
     for learner in ("fake/fake", "student/student"):
-        trunk = [key for key in whole[learner] if not key.startswith("gan_head.")]
-        moved = [key for key in trunk if not torch.allclose(whole[learner][key], small[learner][key], rtol=1e-4)]
-        assert len(moved) > len(trunk) / 4, learner  # of a UNet the first half learns of it
+        own = [key for key in whole[learner] if not key.startswith("gan_head.")]
+        moved = [key for key in own if not torch.allclose(whole[learner][key], small[learner][key], rtol=1e-4)]
+        assert len(moved) > len(own) / 4, learner  # of a UNet the GAN trains the first half only
 
 
 @pytest.mark.parametrize("name", ["sdxl", "z_image"])
@@ -226,7 +226,7 @@ LOOP: dict[str, Any] = {"batch_size": 2, "lr_student": 1e-2, "lr_fake": 1e-2, "t
 
 
 def distilled(folders: Path, name: str, run: Path, steps: int, **changes: Any) -> DiffusersRoles:
-    """Train to ``steps``, going on where the folder's run stopped."""
+    """Train to ``steps``, continuing where the folder's run stopped."""
     roles = roles_of(folders, name, checkpointing=True, **changes)
     stream = PromptStream([list(tiny.WORDS)], roles.family.encoder, 2, 0, 1)
     loop = LoopConfig(steps=steps, checkpoint_every=1, log_every=1, **LOOP)

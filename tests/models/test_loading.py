@@ -115,7 +115,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_folder(copied: Callable[[str], Path], kind: str) -> None:
+def test_broken_folder_is_rejected(copied: Callable[[str], Path], kind: str) -> None:
     name, break_it, message = BROKEN[kind]
     folder = copied(name)
     break_it(folder)
@@ -130,7 +130,9 @@ def test_broken_folder(copied: Callable[[str], Path], kind: str) -> None:
         ("model_index.json", {"scheduler": ["diffusers", "MagicScheduler"]}, "MagicScheduler"),
     ],
 )
-def test_diffusers_errors(copied: Callable[[str], Path], file: str, changes: dict[str, Any], message: str) -> None:
+def test_errors_of_diffusers_become_value_errors(
+    copied: Callable[[str], Path], file: str, changes: dict[str, Any], message: str
+) -> None:
     folder = copied("sdxl")
     rewrite(folder / file, **changes)
     for load in (
@@ -319,7 +321,9 @@ def response(status: int) -> Any:
         (lambda: errors.HfHubHTTPError("too many", response=response(429)), r"the hub cannot be read \(too many"),
     ],
 )
-def test_hub_errors(what: str, error: Callable[[], Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_errors_say_what_to_do(
+    what: str, error: Callable[[], Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error()
 

@@ -129,7 +129,7 @@ def same(found: Deltas, expected: Mapping[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_diffusers_keys(
+def test_diffusers_keys_change_their_layers(
     built: Callable[[str], Any], tmp_path: Path, text: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = built("sdxl")
@@ -228,7 +228,7 @@ def test_key_formats_of_the_families(built: Callable[[str], Any], tmp_path: Path
 
 
 def test_alpha_in_the_header(built: Callable[[str], Any], tmp_path: Path) -> None:
-    """As ``save_lora_weights`` of diffusers writes it."""
+    """The header has the format of diffusers' ``save_lora_weights``."""
     pipe = built("sd3")
     own, expected = {}, {}
     for name, layer in layers(pipe, "attn.to_q").items():
@@ -288,7 +288,7 @@ def test_lost_layer_next_to_fused_ones(built: Callable[[str], Any], tmp_path: Pa
 
 
 def test_fused_layer_with_its_parts(built: Callable[[str], Any], tmp_path: Path) -> None:
-    """As some trainers of Z-Image write both."""
+    """Some trainers of Z-Image write both."""
     pipe = built("z_image")
     width = pipe.transformer.layers[0].attention.to_q.in_features
     rows = {"to.q": width, "to.k": width, "to.v": width, "qkv": 3 * width, "to_out.0": width, "out": width}
@@ -357,7 +357,7 @@ def other_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         ),
     ],
 )
-def test_bad_files(
+def test_files_that_do_not_fit_change_nothing(
     built: Callable[[str], Any], tmp_path: Path, spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
 ) -> None:
     pipe = built("sdxl")
@@ -397,7 +397,7 @@ def test_partial_file_on_request(
         ({"something_new": {"on": 1}}, "something_new"),
     ],
 )
-def test_other_peft_adapters(
+def test_other_peft_adapters_are_refused(
     built: Callable[[str], Any], tmp_path: Path, changed: dict[str, Any], message: str
 ) -> None:
     pipe = built("sd3")

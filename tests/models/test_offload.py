@@ -1,4 +1,4 @@
-"""Offloaded weights: the same outputs, gradients and students, by weights that are absent between their uses."""
+"""Offloaded weights give the same outputs, gradients and students, and are absent from the device between uses."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_nf4_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("how", "most"), [("int8", 0.02), ("fp8", 0.08)])
 @pytest.mark.parametrize("name", MINIATURES)
 def test_teacher_stays_close(name: str, how: str, most: float) -> None:
-    """Measured: int8 .014 and .008 of x0 (SD3, SDXL), fp8 .052 and .037."""
+    """Measured: int8 0.014 and 0.008 of x0 (SD3, SDXL), fp8 0.052 and 0.037."""
     plain, quantized = miniature(name, "none"), miniature(name, how)
     kinds = {type(part): type(part.weight).__name__ for part in quantized.net.modules() if hasattr(part, "weight")}
     assert kinds[nn.Linear].endswith("8Tensor") and kinds[nn.Conv2d] == "Parameter"

@@ -78,7 +78,7 @@ def same(found: Tensor, wanted: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("kind", SOLVERS)
-def test_solvers_flow_shift(saved: Callable[..., Path], kind: str) -> None:
+def test_flow_shift_of_solvers_is_read(saved: Callable[..., Path], kind: str) -> None:
     for family in both(saved("sd3", getattr(diffusers, kind)(**FLOW))):
         assert family.student_times(UNIFORM) == pytest.approx((1, 0.9, 0.75, 0.5))
         stock = student_scheduler(family, UNIFORM)
@@ -107,7 +107,7 @@ def test_leftover_keys_of_another_class_are_ignored(saved: Callable[..., Path]) 
     ],
     ids=lambda given: given if isinstance(given, str) else type(given).__name__,
 )
-def test_other_flow_schedulers(saved: Callable[..., Path], name: str, scheduler: Any) -> None:
+def test_shift_of_other_flow_schedulers_is_read(saved: Callable[..., Path], name: str, scheduler: Any) -> None:
     for family in both(saved(name, scheduler)):
         assert family.student_times(UNIFORM) == pytest.approx((1, 0.9, 0.75, 0.5))
 
@@ -120,7 +120,9 @@ def test_other_flow_schedulers(saved: Callable[..., Path], name: str, scheduler:
         ({"height": 24, "width": 16}, "linear", 0.05),
     ],
 )
-def test_dynamic_shifting(saved: Callable[..., Path], size: dict[str, int], shape: Any, terminal: float | None) -> None:
+def test_dynamic_shifting_equals_the_pipeline(
+    saved: Callable[..., Path], size: dict[str, int], shape: Any, terminal: float | None
+) -> None:
     own = {"base_shift": 0.7, "max_shift": 2.1, "base_image_seq_len": 20, "max_image_seq_len": 300}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, time_shift_type=shape, shift_terminal=terminal, **own
@@ -325,7 +327,7 @@ def test_unet_teacher_equals_the_pipeline(saved: Callable[..., Path], name: str,
 
 
 @pytest.mark.parametrize("kind", ["v, zero SNR", "x0"])
-def test_rescaled_guidance(saved: Callable[..., Path], kind: str) -> None:
+def test_rescaled_guidance_equals_the_pipeline(saved: Callable[..., Path], kind: str) -> None:
     folder = saved("sdxl", diffusers.DDIMScheduler(**UNETS[kind]))
     family = open_family(tiny.config(folder, guidance_rescale=0.7))
     noise = torch.randn(2, *family.latent_shape)
@@ -345,7 +347,7 @@ def test_rescaled_guidance_needs_a_unet(saved: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["v, zero SNR", "x0", "500 steps, linear betas", "trained betas"])
 @pytest.mark.parametrize(("sampler", "uniform"), [("renoise", UNIFORM), ("ode", UNIFORM), ("ode", (1.0, 0.9, 0.334))])
-def test_exported_unet(
+def test_exported_unet_draws_the_images_of_training(
     saved: Callable[..., Path],
     kind: str,
     sampler: StudentSampler,
@@ -477,7 +479,7 @@ def test_lcm_unet_in_its_default_precision(tmp_path: Path) -> None:
     assert (found[0] - found[1]).abs().max() < 0.05 * found[0].abs().max()
 
 
-def test_inpainting_unet(folders: Path, tmp_path: Path) -> None:
+def test_inpainting_unet_is_refused(folders: Path, tmp_path: Path) -> None:
     pipe = tiny.sd15()
     pipe.register_modules(unet=tiny.unet(16, in_channels=9))
     pipe.save_pretrained(tmp_path / "inpainting")

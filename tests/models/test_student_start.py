@@ -75,7 +75,7 @@ def test_times_of_the_pipelines_call(name: str, tmp_path: Path, caplog: pytest.L
     assert not caplog.text
 
 
-def test_pipeline_that_renoises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_note_about_the_sampler_of_a_pipeline_that_renoises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny.save("flux2_klein", tmp_path)
     changed(tmp_path, stochastic_sampling=True)
     start = open_family(tiny.config(tmp_path, student=str(tmp_path)).start)

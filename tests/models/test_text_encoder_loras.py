@@ -152,7 +152,7 @@ def test_alpha_of_every_layer(folders: Callable[[str], Path], tmp_path: Path) ->
 
 
 def test_alpha_in_the_header(folders: Callable[[str], Path], tmp_path: Path) -> None:
-    """As diffusers' training scripts write it: one alpha for the UNet and one for each text encoder."""
+    """Diffusers' training scripts write one alpha for the UNet and one for each text encoder into it."""
     ours, theirs = (open_family(tiny.config(folders("sdxl"))).pipe for _ in range(2))
     alphas, given = {"unet": 4, "text_encoder": 6, "text_encoder_2": 8}, dict[str, Any]()
     tensors, _ = drawn(ours, peft, lambda number: None)
@@ -194,7 +194,7 @@ def embedded(text: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
 def test_encoders_that_are_loaded_later(name: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
-    """... as with model.embeddings: the same embeddings, which are not those of the base model."""
+    """Loaded late, as for model.embeddings, they give the same embeddings, which differ from the base model's."""
     cfg = config(folders(name), (lora(folders, tmp_path / "a.safetensors", name), 0.7))
     at_once, late = open_family(cfg), open_family(cfg, encoders=False)
     wanted, plain = embedded(at_once.encoder), embedded(open_family(tiny.config(folders(name))).encoder)

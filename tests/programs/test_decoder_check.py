@@ -43,7 +43,7 @@ def gap(by: list[float], unscored: tuple[int, ...] = ()):  # type: ignore[no-unt
     return found
 
 
-def test_constant_offset() -> None:
+def test_constant_offset_keeps_the_order_of_images() -> None:
     found = gap([0.1] * 4)
     assert (found.reward, found.images) == ("mean", 4)
     assert found.full == pytest.approx(5) and found.rough == pytest.approx(6)
@@ -53,13 +53,13 @@ def test_constant_offset() -> None:
     assert "+1 on 4 images" in found.line() and "100% of pairs" in found.line()
 
 
-def test_agreement_of_pairs() -> None:
+def test_agreement_is_the_share_of_pairs_in_the_same_order() -> None:
     found = gap([0.3, 0.0, 0.0, 0.0])
     assert found.agreement == pytest.approx(5 / 6)
     assert found.error == pytest.approx(torch.tensor([3.0, 0, 0, 0]).std().item(), abs=1e-5)
 
 
-def test_unscored_images() -> None:
+def test_unscored_images_are_left_out() -> None:
     found = gap([0.1, 0.2, 0.1, 0.1], unscored=(1,))
     assert found.images == 3 and found.difference == pytest.approx(1, abs=1e-4)
     one = gap([0.1] * 4, unscored=(0, 1, 2))

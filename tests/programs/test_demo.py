@@ -32,7 +32,7 @@ def sets(*overrides: str) -> list[str]:
     return [one for override in overrides for one in ("--set", override)]
 
 
-def test_demo(gdmd: Gdmd) -> None:
+def test_demo_trains_dmd_and_gdmd_and_reports_both(gdmd: Gdmd) -> None:
     arguments = ["demo", "--recipe", "shapes_smoke", *sets(*TINY), "--run", "demo"]
     finished = gdmd(*arguments, "--json")
     assert finished.code == 0, finished.err
@@ -66,7 +66,7 @@ def test_demo_continues_the_shipped_student(gdmd: Gdmd) -> None:
         *("teacher, 1 steps", "teacher, 4 plain steps"),
         *("stage 1, 4 steps", "DMD, 4 steps", "GDMD, 4 steps"),
     ]
-    assert finished.err.count("fake start from shapes:dmd, step 1 of `none`") == 2
+    assert finished.err.count("fake score start from shapes:dmd, step 1 of `none`") == 2
     assert "[4/7] training DMD: 2 updates from the student of shapes:dmd" in finished.err
     assert "GDMD minus DMD with 4 calls:" in finished.out and "is not shown to be above" in finished.out
     assert max(map(len, finished.out.splitlines())) <= 80
@@ -152,7 +152,7 @@ def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_where_two_would_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the teacher on (its numbers are published), with a set number of threads, on one core, on a GPU."""
+    """From scratch (its numbers are published), with a set number of threads, on one core, and on a GPU."""
     cfg = demo_recipe(None)
     monkeypatch.setattr(demo_work, "cores", lambda: 2)
     assert demo_work.two_processes(cfg, "cpu") and not demo_work.two_processes(cfg, "cuda")

@@ -54,7 +54,7 @@ def test_loss_is_the_native_denoising_loss(name: str) -> None:
     assert denoising.is_monochrome(styled).all() and denoising.is_monochrome(images).float().mean() < 0.5
 
 
-def test_the_style_can_be_told() -> None:
+def test_the_style_is_detectable() -> None:
     """Real renders have colors, but for the white objects among them; without colors their shapes are still read."""
     rows = fixed_rows("eval", 20)
     real = render(draw_scenes(rows, torch.Generator().manual_seed(0)))

@@ -54,8 +54,8 @@ def gain(name: str, seed: int, run: Path, *more: str) -> float:
 
 @pytest.mark.parametrize("name", ["shapes_sd3", "shapes_sdxl", "shapes_flux2_klein"])
 def test_short_run_learns(name: str, tmp_path: Path) -> None:
-    """Less than half of what was measured: SD3 +.222 and +.205 (seeds 1 and 2), SDXL +.172 (seed 1).
+    """Less than half of what was measured: SD3 +0.222 and +0.205 (seeds 1 and 2), SDXL +0.172 (seed 1).
 
-    With adapters on the attention layers only: SD3 +.110, SDXL +.127 and +.107.
+    With adapters on the attention layers only: SD3 +0.110, SDXL +0.127 and +0.107.
     """
     assert gain(name, 1, tmp_path / "run") >= 0.08

@@ -112,7 +112,7 @@ def test_teacher_row_is_the_stock_pipeline(gdmd: Gdmd, name: str) -> None:
     assert stock.info.shapes and stock.info.trained == () and stock.info.batch == 100
 
 
-def test_moved_pipeline(gdmd: Gdmd, miniatures: Path) -> None:
+def test_run_of_a_moved_pipeline_needs_its_new_path(gdmd: Gdmd, miniatures: Path) -> None:
     write_recipe(str(shutil.copytree(miniatures / "sd3", "before")), TILTED, max_tokens=tiny.SHAPES_TOKENS)
     assert gdmd("train", "tiny.yaml", "--run", "run").code == 0
     Path("before").rename("now")

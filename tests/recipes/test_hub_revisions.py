@@ -1,4 +1,4 @@
-"""Which commits of the hub a run was made with: kept in run.json, said where nothing pins them, compared on resume."""
+"""The hub commits that a run was made with: kept in run.json, reported if nothing pins them, compared on resume."""
 
 from __future__ import annotations
 

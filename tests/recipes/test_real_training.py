@@ -96,8 +96,8 @@ def test_only_adapters_move(folders: Path, tmp_path: Path, name: str, kind: str)
     (checkpoint,) = [path for path in run.checkpoints.iterdir() if path.name.endswith("000002")]
     saved = load_file(checkpoint / "student.safetensors")
     assert saved.keys() == components.roles.parameters("student").keys()
-    trunk = sum(weights.numel() for weights in before.values()) * 4
-    assert (checkpoint / "student.safetensors").stat().st_size < trunk / 3
+    backbone = sum(weights.numel() for weights in before.values()) * 4  # bytes in fp32
+    assert (checkpoint / "student.safetensors").stat().st_size < backbone / 3
 
 
 @pytest.mark.parametrize(("name", "full"), [("sd3", "none"), ("sana", "both")])
@@ -245,7 +245,9 @@ def test_cached_embeddings_load_no_encoder(folders: Path, tmp_path: Path, monkey
     assert "a new one" in prepare(more).encoder  # type: ignore[operator]
 
 
-def test_embedding_messages(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedding_reports_progress_and_a_full_disk(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -260,7 +262,7 @@ def test_embedding_messages(folders: Path, tmp_path: Path, monkeypatch: pytest.M
         assert (f"encoding {len(tiny.WORDS)} prompts once into {tmp_path}" in said.getvalue()) == told
 
 
-def test_scoring_decoder(folders: Path, tmp_path: Path) -> None:
+def test_scoring_decoder_decodes_for_rewards_only(folders: Path, tmp_path: Path) -> None:
     shape = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "latent_channels": 4}
     blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     AutoencoderTiny(**shape, **blocks).save_pretrained(tmp_path / "taesd")
@@ -273,7 +275,7 @@ def test_scoring_decoder(folders: Path, tmp_path: Path) -> None:
         build(recipe(folders, "sd3", 1, scoring_decoder=str(tmp_path / "other")), "cpu")
 
 
-def test_scoring_decoder_check(folders: Path, tmp_path: Path) -> None:
+def test_scoring_decoder_is_compared_with_the_vae(folders: Path, tmp_path: Path) -> None:
     AutoencoderTiny(
         encoder_block_out_channels=(8, 8),
         decoder_block_out_channels=(8, 8),
@@ -341,7 +343,9 @@ def test_moved_base_and_precisions(folders: Path, tmp_path: Path, caplog: pytest
         export_run(run, base=str(moved), dtype="fp32")
 
 
-def test_another_base_model(folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_base_model_is_refused_or_reported(
+    folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     base, copy, run = tmp_path / "base", tmp_path / "copy", tmp_path / "run"
     cfg = recipe(folders, "sd3", 1)
     for place in (base, copy):

@@ -80,7 +80,7 @@ def test_gdmd_paper_is_algorithm_1() -> None:
     assert method.student_input == "simulation"
 
 
-def test_refused_before_loading() -> None:
+def test_wrong_dmdr_recipes_are_refused_before_loading() -> None:
     with pytest.raises(ConfigError, match="method dmdr reads rewards"):
         read_recipe("dmdr", ["rewards=[]"])
     read_recipe("dmdr", ["rewards=[]", "method.rl_weight=0", "method.tilt=0"])

@@ -33,7 +33,7 @@ def test_new_field_with_another_value(tmp_path: Path) -> None:
         check_resumable(older_run(tmp_path), None, ["loop.start_from=elsewhere"])
 
 
-def test_recipe_given_again(tmp_path: Path) -> None:
+def test_recipe_may_be_given_again_on_resume(tmp_path: Path) -> None:
     run = older_run(tmp_path)
     assert check_resumable(run, "shapes_smoke", ["loop.steps=9"]).loop.steps == 9
     with pytest.raises(
@@ -99,7 +99,7 @@ def test_reward_server_may_move(tmp_path: Path, where: str) -> None:
 
 @pytest.mark.parametrize("recipe", ["dmd", "dmd_nft", "dmdr"])
 def test_baseline_of_an_older_version(tmp_path: Path, recipe: str) -> None:
-    """Its fake score learned from other samples: it would continue as another algorithm."""
+    """Its fake score learned from other samples, so it would continue as a different algorithm."""
     config = read_recipe(recipe, []).model_dump(mode="json")
     assert check_resumable(create(tmp_path / "new", config).path, None).name == recipe
     del config["method"]["fake_samples"]

@@ -82,7 +82,7 @@ def test_fingerprints_are_recorded(gdmd: Gdmd) -> None:
         ("rewards.0.target", "own_reward.py"),
     ],
 )
-def test_changed_input(gdmd: Gdmd, field: str, name: str) -> None:
+def test_changed_input_must_be_accepted(gdmd: Gdmd, field: str, name: str) -> None:
     before = read_facts(Path("run"))
     edit(name)
     teacher = Path("run/grids/teacher.safetensors")
@@ -114,7 +114,7 @@ def test_all_changes_at_once(gdmd: Gdmd) -> None:
 
 
 @pytest.mark.parametrize(("field", "name"), [("prompts.file", "p.txt"), ("model.teacher", "teacher.safetensors")])
-def test_moved_input(gdmd: Gdmd, field: str, name: str) -> None:
+def test_moved_input_needs_its_new_path(gdmd: Gdmd, field: str, name: str) -> None:
     Path("elsewhere").mkdir()
     moved = shutil.move(name, f"elsewhere/{name}")
     said = resume(gdmd)
@@ -130,7 +130,7 @@ def test_moved_input(gdmd: Gdmd, field: str, name: str) -> None:
     assert "other" not in Path("run/config.yaml").read_text()
 
 
-def test_moved_reward_code(gdmd: Gdmd) -> None:
+def test_moved_reward_code_needs_its_new_target(gdmd: Gdmd) -> None:
     shutil.move("own_reward.py", "moved_reward.py")
     sys.modules.pop("own_reward", None)
     said = resume(gdmd)
@@ -202,7 +202,7 @@ def test_old_run_with_hub_commit(gdmd: Gdmd) -> None:
         assert [change.known for change in changes_of(_places(run, now), now)] == [True] * changed
 
 
-def test_changed_setting_advice(gdmd: Gdmd) -> None:
+def test_changed_setting_is_refused_with_advice(gdmd: Gdmd) -> None:
     said = resume(gdmd, "loop.batch_size=4")
     assert "loop.batch_size: 2 -> 4" in said and "loop.start_from=run" in said
     assert "--resume" not in said and said.endswith("exit code 2")

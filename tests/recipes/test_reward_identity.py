@@ -13,7 +13,7 @@ from gdmd.recipes.reward_identity import scorer_identity
 from gdmd.runs.assets import asset_path, load_asset, save_asset
 
 
-def test_scorer_arguments() -> None:
+def test_scorers_are_read_from_arguments() -> None:
     spec: Any = read_scorer("clip,path=models/clip,dtype=bf16,chunk=8")
     assert (spec.kind, spec.path, spec.dtype, spec.chunk) == ("clip", "models/clip", "bf16", 8)
     assert read_scorer("my_rewards:sharpness").label == "my_rewards:sharpness"
@@ -27,7 +27,7 @@ def test_scorer_arguments() -> None:
         read_scorer("clip,batch=4")
 
 
-def test_scorer_identity(tmp_path: Path) -> None:
+def test_scorer_identity_depends_on_content_not_location(tmp_path: Path) -> None:
     shipped = load_asset(asset_path("shapes_clip"))
     place = save_asset(tmp_path / "scorer.safetensors", shipped.tensors, command="a copy", seed=0)
     spec = read_scorer(f"shapes_clip,asset={place}")

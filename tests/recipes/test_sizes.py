@@ -132,7 +132,7 @@ def losses(components: Components, step: int) -> list[Tensor]:
 
 
 def test_resume_is_bit_exact(folders: Path, tmp_path: Path) -> None:
-    """With kept pairs of noise and ODE sample, whose sizes are those of the steps that made them."""
+    """The kept pairs of noise and ODE sample have the sizes of the steps in which they were made."""
     own = {
         "regression_weight": 0.25,
         "regression_steps": 2,
@@ -269,7 +269,7 @@ def test_plan_counts_the_largest_size(folders: Path) -> None:
         ({"sizes": [[32, 32], [30, 32]]}, "multiple of 8"),
     ],
 )
-def test_refused_sizes(folders: Path, given: dict[str, Any], message: str) -> None:
+def test_wrong_sizes_are_refused(folders: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny.config(folders, **given)
 

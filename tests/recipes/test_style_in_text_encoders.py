@@ -108,7 +108,9 @@ def test_training_reads_the_changed_embeddings(styled: Path, folders: Path) -> N
 
 
 @pytest.mark.parametrize("options", [(), ("--no-loras",), ("--merged",)])
-def test_exports(options: tuple[str, ...], styled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exports_draw_the_images_of_the_student(
+    options: tuple[str, ...], styled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export = tmp_path / "export"
     run_gdmd("export", styled, *options, "-o", export)
     roles = opened(styled)
@@ -164,7 +166,7 @@ def test_resume_is_bit_exact(
 
 
 def test_another_weight_has_other_embeddings(styled: Path, folders: Path, tmp_path: Path) -> None:
-    """In the same folder: no run reads the embeddings of another LoRA or weight."""
+    """No run reads the embeddings of another LoRA or weight, even from the same folder."""
     settings = json.dumps([{"path": str(folders / "style.safetensors"), "weight": 0.2}])
     first = build(config_of(styled), "cpu").encoder
     other = build(config_of(styled, [f"model.teacher_loras={settings}"]), "cpu").encoder

@@ -168,7 +168,7 @@ def euler(folders: Path, turbo: Callable[[str], Path]) -> Callable[[str], Path]:
 def test_first_images_are_those_of_the_turbo_pipelines_own_call(
     name: str, euler: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """... with its scheduler and 4 steps; SD3's call has other times than ours, which the note names."""
+    """The call has its own scheduler and 4 steps; SD3's call has different times, which the note names."""
     words = [f"model.student={euler(name)}", "method.student_sampler=ode"]
     if name == "sd3":
         build(recipe(name, *words), "cpu")
@@ -389,7 +389,7 @@ def test_start_from_a_run_with_other_loras(styled: Path, loras: Mapping[str, Pat
         check_start(recipe("sdxl", f"loop.start_from={styled}", *swapped))
 
 
-def test_frozen_networks_stay(turbo: Callable[[str], Path]) -> None:
+def test_only_trained_weights_require_gradients(turbo: Callable[[str], Path]) -> None:
     components = build(recipe("sdxl", f"model.student={turbo('sdxl')}"), "cpu")
     roles: Any = components.roles
     nets = roles.backbone_nets()

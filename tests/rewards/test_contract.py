@@ -1,4 +1,4 @@
-"""What every reward promises: shape, dtype, errors, independence of the batch, gradient, placement."""
+"""What every reward guarantees: shape, dtype, errors, independence of the batch, gradient, placement."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_weights_are_loaded_on_first_use() -> None:
 @pytest.mark.parametrize("chunk", [0, 1])
 @pytest.mark.parametrize("grad", [False, True])
 def test_offload_changes_neither_scores_nor_gradients(monkeypatch: pytest.MonkeyPatch, chunk: int, grad: bool) -> None:
-    """By weights that are absent outside of the calls, also in the backward pass; one copy per call."""
+    """The weights are copied once per call and are absent outside of it, also in the backward pass."""
     images = random_images().requires_grad_(grad)
     wanted = linear(offload=False, chunk=chunk).score(images, prompts())
     copied, reward = hide(monkeypatch), linear(chunk=chunk)

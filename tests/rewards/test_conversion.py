@@ -136,7 +136,7 @@ def save_pt(path: Path, content: Any) -> Path:
 
 
 @torch.no_grad()
-def test_open_clip() -> None:
+def test_converted_open_clip_equals_the_original() -> None:
     theirs = wild(OpenClip())
     named = clip_from_open_clip(theirs.state_dict())
     config = transformers.CLIPConfig(**clip_config(named))
@@ -173,7 +173,7 @@ def small_towers() -> tuple[Any, dict[str, Any], dict[str, Any]]:
 
 
 @torch.no_grad()
-def test_imagereward() -> None:
+def test_converted_imagereward_equals_the_original() -> None:
     towers, _, _ = small_towers()
     vit, head, towers = wild(TimmVit()), linear_head(WIDTH), wild(towers)
     named = imagereward_from_blip(blip_file(towers, head, vit))
@@ -211,7 +211,7 @@ def test_only_tensors_are_read(tmp_path: Path) -> None:
         read_published(tmp_path / "none.pt")
 
 
-def test_aesthetic(tmp_path: Path) -> None:
+def test_converted_aesthetic_head_equals_the_original(tmp_path: Path) -> None:
     from gdmd.rewards.aesthetic import Aesthetic
 
     tiny_rewards.clip(tmp_path / "clip")

@@ -121,7 +121,7 @@ def train(gdmd: Gdmd, function: str, *words: str, more: str = "") -> Finished:
         ("numbers", "marked differentiable, but its scores carry no gradient"),
     ],
 )
-def test_errors_of_functions(module: Path, function: str, message: str) -> None:
+def test_errors_of_functions_name_the_function(module: Path, function: str, message: str) -> None:
     reward = CallableReward.from_config(CallableConfig(target=f"mine:{function}", differentiable=function == "numbers"))
     with pytest.raises(ValueError) as error:
         reward.score(random_images(2, 8, 8).requires_grad_(), prompt_batch("ab"))
@@ -167,7 +167,7 @@ def test_modules_that_cannot_be_imported(module: Path, content: str, message: st
 
 
 def test_a_reward_without_any_score_stops_the_run(gdmd: Gdmd) -> None:
-    """After the run, with a checkpoint and a note in the report; again when it is resumed."""
+    """It stops with a checkpoint and a note in the report, and stops again when it is resumed."""
     error = "error: step 3: reward mine:unscored scored no image in 3 iterations (all NaN)"
     finished = train(gdmd, "unscored")
     assert finished.code == 2 and error in finished.err

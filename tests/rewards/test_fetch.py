@@ -96,7 +96,7 @@ def test_fetch_of_a_model_in_several_files(tmp_path: Path) -> None:
     assert broken.returncode == 2 and f"has no {first.name}" in broken.stderr, broken.stderr
 
 
-def test_unreachable_hub(tmp_path: Path) -> None:
+def test_unreachable_hub_is_reported_without_retries(tmp_path: Path) -> None:
     with hub(tmp_path) as (address, _):
         pass  # a port that is closed now
     start = time.monotonic()

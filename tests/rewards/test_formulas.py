@@ -101,7 +101,7 @@ def test_cosine_rewards(kind: str, scale: float) -> None:
 
 
 @torch.no_grad()
-def test_aesthetic() -> None:
+def test_aesthetic_score_is_its_formula() -> None:
     reward, images = PRETRAINED["aesthetic"](), random_images()
     scores = reward.score(images, prompt_batch(TEXTS))
     expected = affine(reward.loaded.head, image_embeddings(tiny_clip().double(), reward.preprocess.tensor(images)))
@@ -110,7 +110,7 @@ def test_aesthetic() -> None:
 
 
 @torch.no_grad()
-def test_imagereward() -> None:
+def test_imagereward_score_is_its_formula() -> None:
     reward, images = PRETRAINED["imagereward"](), random_images()
     scores = reward.score(images, prompt_batch(TEXTS))
     towers = reward.loaded.net.double()
@@ -128,7 +128,7 @@ def wide(images: Tensor, prompts: Any) -> Tensor:
     return 100 + 10 * images[:, 1].mean((1, 2))
 
 
-def test_composite() -> None:
+def test_composite_is_the_weighted_mean_of_standardized_scores() -> None:
     parts = [
         Part(CallableReward(red, "red", True), 1.0, 0.5, 0.1),
         Part(CallableReward(wide, "wide", True), 3.0, 105, 2),

@@ -88,7 +88,7 @@ def test_columns_that_the_function_has_a_parameter_for() -> None:
         score(needs)
 
 
-def test_pil_images() -> None:
+def test_functions_can_ask_for_pil_images() -> None:
     def width(images: Any, prompts: Any) -> list[float]:
         assert all(isinstance(image, Image.Image) for image in images)
         return [image.width for image in images]
@@ -115,7 +115,7 @@ class Counting:
 
 
 def test_the_setting_overrides_the_attribute_differentiable(tmp_path: Path) -> None:
-    """... as the error about a missing gradient says."""
+    """The error about a missing gradient advises this setting."""
     (tmp_path / "marked.py").write_text(
         "def mean(images, prompts):\n    return images.mean((1, 2, 3))\nmean.differentiable = True\n"
     )
@@ -133,26 +133,26 @@ def test_a_list_of_tensors_has_their_gradient() -> None:
     images = IMAGES.clone().requires_grad_()
     scores = CallableReward(one_by_one, differentiable=True).score(images, PROMPTS)
     assert scores.isnan().tolist() == [False, True]
-    (slope,) = torch.autograd.grad(scores.nansum(), images)
-    torch.testing.assert_close(slope[0], torch.full_like(slope[0], 1 / slope[0].numel()))
+    (gradient,) = torch.autograd.grad(scores.nansum(), images)
+    torch.testing.assert_close(gradient[0], torch.full_like(gradient[0], 1 / gradient[0].numel()))
 
 
 def test_a_function_may_compute_a_gradient_of_its_own() -> None:
-    """... of the images it gets, which other rewards score after it."""
+    """It may set requires_grad on the images, which the rewards after it also get."""
 
     def sharpness(images: Tensor, prompts: Any) -> Tensor:
         with torch.enable_grad():
-            (slope,) = torch.autograd.grad(images.requires_grad_().square().sum(), images)
-        return slope.mean((1, 2, 3))
+            (gradient,) = torch.autograd.grad(images.requires_grad_().square().sum(), images)
+        return gradient.mean((1, 2, 3))
 
     def brightness(images: Tensor, prompts: Any) -> Tensor:
         return images.mean((1, 2, 3))
 
     images = IMAGES.clone()
     with torch.no_grad():
-        slope = CallableReward(sharpness).score(images, PROMPTS)
+        scores = CallableReward(sharpness).score(images, PROMPTS)
         mean = CallableReward(brightness, differentiable=True).score(images, PROMPTS)
-    torch.testing.assert_close(slope, 2 * mean)
+    torch.testing.assert_close(scores, 2 * mean)
 
 
 CLASSES = """class Warm:
@@ -222,7 +222,7 @@ async def later(images: Any, prompts: Any) -> list[float]:
         (3, "type int cannot be called; give a function"),
     ],
 )
-def test_what_is_not_a_reward(given: Any, message: str) -> None:
+def test_an_object_that_is_not_a_reward_is_an_error(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CallableReward(given)
 
@@ -329,7 +329,7 @@ def test_bound_arguments_are_part_of_the_identity() -> None:
 
 
 def test_variables_of_an_enclosing_function_are_part_of_the_identity() -> None:
-    """But not a counter of the function itself, with which a run in the same process could not be resumed."""
+    """A counter that the function sets is not: with it a run in the same process could not be resumed."""
 
     def made(factor: float, calls: int) -> Any:
         def reward(images: Tensor, prompts: Any) -> Tensor:
@@ -357,7 +357,7 @@ class Bounded:
 
 
 def test_settings_of_an_instance_are_part_of_the_identity() -> None:
-    """Also of an instance whose method is the reward; its counter is not."""
+    """This also holds for a bound method of an instance; a counter is not part of it."""
 
     def source(reward: Any) -> str | None:
         return CallableReward(reward, "bounded").config.source  # type: ignore[union-attr]
@@ -369,7 +369,7 @@ def test_settings_of_an_instance_are_part_of_the_identity() -> None:
 
 
 def test_the_program_finds_a_function_next_to_the_working_directory(tmp_path: Path) -> None:
-    """By the installed script, whose own folder is on the path instead."""
+    """The installed script has its own folder on the path instead of the working directory."""
     (tmp_path / "mine.py").write_text("def warm(images, prompts):\n    return [0] * len(imagess)\n")
     script = Path(sys.executable).with_name("gdmd")
     for target in ("mine.py:warm", "mine:warm"):

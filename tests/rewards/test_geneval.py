@@ -159,7 +159,7 @@ def no_colors(*_: object) -> list[str]:
     raise AssertionError("no color was asked for")
 
 
-def test_counting() -> None:
+def test_counting_is_exact_and_needs_high_confidence() -> None:
     two = Task("counting", "two dogs", (Requirement("dog", 2),), (Requirement("dog", 3),))
     assert judge(two, dogs(0.95, 0.91), no_colors).correct
     assert judge(two, dogs(0.95, 0.91, 0.9), no_colors).correct  # .9 is not above .9
@@ -188,7 +188,7 @@ def test_colors_of_the_most_confident_objects() -> None:
     assert judge(task, {}, no_colors).reasons == ("expected dog>=1, found 0",)
 
 
-def test_position() -> None:
+def test_wrong_positions_are_named() -> None:
     task = Task("position", "", (Requirement("dog", 1), Requirement("cat", 1, None, "left of", 0)))
     found = {"dog": [DetectedObject((0, 0, 10, 10), 0.9)], "cat": [DetectedObject((50, 0, 60, 10), 0.9)]}
     assert judge(task, found, no_colors).reasons == ("expected cat left of target, found right of target",)
@@ -207,7 +207,7 @@ def write_folder(root: Path, tasks: Sequence[Task], images: int) -> None:
             (root / f"{number:05d}" / "samples" / f"{image:04d}.png").write_bytes(b"")
 
 
-def test_metadata(tmp_path: Path) -> None:
+def test_metadata_is_read_or_rejected(tmp_path: Path) -> None:
     tasks = draw_tasks(3, seed=0)
     path = tmp_path / "evaluation_metadata.jsonl"
     path.write_text("".join(json.dumps(as_row(task)) + "\n" for task in tasks))
@@ -236,7 +236,7 @@ def test_metadata(tmp_path: Path) -> None:
             read_metadata(path)
 
 
-def test_folder_layout(tmp_path: Path) -> None:
+def test_folders_in_genevals_layout_are_read(tmp_path: Path) -> None:
     tasks = draw_tasks(2, seed=1)[:3]
     write_folder(tmp_path, tasks, 2)
     (tmp_path / "notes").mkdir()
@@ -256,7 +256,7 @@ def test_folder_layout(tmp_path: Path) -> None:
         list(image_files(tmp_path / "notes"))
 
 
-def test_recorded_detections(tmp_path: Path) -> None:
+def test_recorded_detections_give_the_same_verdicts(tmp_path: Path) -> None:
     rng, lines, tasks, want = random.Random(3), [], {}, []
     for number in range(60):
         tasks[number], (found, colors) = random_task(rng), random_objects(rng)
@@ -295,7 +295,7 @@ def test_overall_is_the_mean_of_the_tasks() -> None:
     assert set(scores) == {"overall", "colors", "counting"}
 
 
-def test_interval() -> None:
+def test_interval_counts_prompts_not_images() -> None:
     rng = np.random.default_rng(0)
     prompts = [[int(right)] * 4 for right in rng.random(400) < 0.5]  # four equal images are one observation
     score = summarize(rows_of({"colors": prompts}))["colors"]
@@ -318,7 +318,7 @@ def test_duplicate_and_missing_images() -> None:
 # ---------------------------------------------------------------- prompts
 
 
-def test_drawn_prompts() -> None:
+def test_drawn_prompts_are_valid_and_different() -> None:
     tasks = draw_tasks(100, seed=5)
     assert len({task.prompt for task in tasks}) == len(tasks) == 80 + 5 * 100
     assert tasks == draw_tasks(100, seed=5) != draw_tasks(100, seed=6)
@@ -335,7 +335,7 @@ def test_drawn_prompts() -> None:
 
 
 def test_excluded_prompts_are_excluded_in_other_words_too() -> None:
-    """Or "a cat and a dog" would be trained on and "a dog and a cat" be tested."""
+    """Otherwise "a cat and a dog" could be trained on and "a dog and a cat" tested."""
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
     def other_words(task: Task) -> Task:

@@ -25,7 +25,7 @@ from tiny_images import noise
 from tiny_rewards import RedPixelDetector
 
 
-def test_classes() -> None:
+def test_classes_are_those_of_coco_in_order() -> None:
     assert len(set(CLASSES)) == len(CLASSES) == 80
     assert (CLASSES[0], CLASSES[16], CLASSES[63], CLASSES[79]) == ("person", "dog", "laptop", "toothbrush")
     assert {"computer mouse", "tv remote", "computer keyboard"} < set(CLASSES)
@@ -39,7 +39,9 @@ def test_classes() -> None:
         ((300, 400), (800, 1067), (800, 1088)),
     ],
 )
-def test_preprocessing(size: tuple[int, int], resized: tuple[int, int], padded: tuple[int, int]) -> None:
+def test_preprocessing_resizes_and_pads_with_gray(
+    size: tuple[int, int], resized: tuple[int, int], padded: tuple[int, int]
+) -> None:
     pixels, inner = prepared(Image.new("RGB", size[::-1], (255, 0, 128)))
     assert inner == resized and tuple(pixels.shape) == (1, 3, *padded)
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
@@ -133,7 +135,7 @@ def test_other_classes_are_an_error() -> None:
 # ---------------------------------------------------------------- colors
 
 
-def test_cut_out() -> None:
+def test_cut_out_objects_are_masked_and_cropped() -> None:
     image = Image.new("RGB", (20, 10), "red")
     mask = torch.zeros(10, 20, dtype=torch.bool)
     mask[2:6, 5:12] = True

@@ -69,7 +69,7 @@ def test_text_in_quotes(prompt: str, requested: str) -> None:
     assert requested_text(prompt) == requested
 
 
-def test_normalization() -> None:
+def test_compared_texts_are_normalized() -> None:
     assert normalized("  Don’t\nＴＯＵＣＨ – it ") == "don'ttouch-it"
     assert ocr_score('"SOUP OF THE DAY"', "soup of\nthe  day") == 1
     assert ocr_score('"stop"', "stop!") == 0.75
@@ -87,14 +87,14 @@ def reference(requested: str, read: str) -> int:
 
 
 @given(st.text("abc", max_size=5), st.text("abc", max_size=5))
-def test_edit_distance(requested: str, read: str) -> None:
+def test_edit_distance_equals_its_definition(requested: str, read: str) -> None:
     assert edit_distance(requested, read) == reference(requested, read)
     stretches = [read[i:j] for i in range(len(read) + 1) for j in range(i, len(read) + 1)]
     assert edit_distance(requested, read, anywhere=True) == min(reference(requested, one) for one in stretches)
 
 
 @given(st.text(max_size=12), st.text(max_size=40))
-def test_score_range(words: str, read: str) -> None:
+def test_score_is_between_0_and_1(words: str, read: str) -> None:
     prompt = f'a sign "{words}"'
     score = ocr_score(prompt, read)
     if not normalized(requested_text(prompt)):
@@ -107,7 +107,7 @@ def test_score_range(words: str, read: str) -> None:
 # ---------------------------------------------------------------- the reward
 
 
-def test_scores() -> None:
+def test_scores_of_images_with_text() -> None:
     prompts = ('a sign "open"', 'a can of "SOUP"', 'a can of "SOUP"', 'a scarf "GO TEAM"', 'a sign "OPEN"')
     images = ("OPEN", "SOUP", "SOAP", "", "OPEN ALL NIGHT")
     assert scored(prompts, images) == [1, 1, 0.75, 0, 0]
@@ -132,7 +132,7 @@ def test_reader_must_return_a_string() -> None:
 # ---------------------------------------------------------------- recipes and prompts
 
 
-def test_shipped_prompts() -> None:
+def test_shipped_prompts_quote_different_texts() -> None:
     prompts = read_prompts("text_rendering").texts
     requested = [normalized(requested_text(prompt)) for prompt in prompts]
     assert 40 <= len(prompts) <= 60 and all(requested) and len(set(requested)) == len(requested)
@@ -255,7 +255,7 @@ class Letters:
 
 
 @pytest.mark.parametrize("encoder_decoder", [True, False])
-def test_decoding(encoder_decoder: bool) -> None:
+def test_reader_returns_only_the_generated_text(encoder_decoder: bool) -> None:
     net = FixedModel([*map(ord, " SOUP"), 2], encoder_decoder)
     reader = OcrReader.from_modules(net, Letters(), tokens=9)
     assert reader(written("OPEN")) == "SOUP"

@@ -1,4 +1,4 @@
-"""Remote rewards: same scores as local ones, and a server that fails never hangs, loses or invents a score."""
+"""Remote rewards give the same scores as local ones; with a failing server none hangs, is lost or is made up."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_killed_server_is_asked_again(fail: Callable[[Any], None]) -> None:
 
 
 @pytest.mark.parametrize(("asked", "pause"), [("7", 7.0), ("600", 60.0), ("0", 0.5), ("soon", 0.5)])
-def test_a_server_that_is_asked_too_often_says_how_long_to_wait(asked: str, pause: float) -> None:
+def test_the_client_waits_as_long_as_a_busy_server_asks(asked: str, pause: float) -> None:
     """The limit is per minute: the pauses of the other failures end after 3.5 s, and with them a run of several ranks."""
 
     def busy(handler: Any, n: int) -> None:
@@ -203,7 +203,7 @@ def test_timeout_limits_the_whole_response(behave: Behavior) -> None:
     ],
 )
 def test_bad_responses_are_errors_at_once(content: bytes, status: int, message: str) -> None:
-    """Also with on_failure=skip: they will not get better."""
+    """This also holds for on_failure=skip, because a retry would not help."""
     with server(lambda handler, _: reply(handler, content, status)) as (url, seen):
         with pytest.raises(RemoteError, match=message) as error:
             client(url, on_failure="skip", max_unscored=1.0, timeout_s=5).score(images(2), prompts(2))

@@ -59,12 +59,12 @@ def test_rewards_of_every_kind_in_order() -> None:
         ("{kind: clip}\n  - {kind: clip}", "listed once"),
     ],
 )
-def test_wrong_configs(line: str, message: str) -> None:
+def test_wrong_configs_are_errors(line: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         specs(line)
 
 
-def test_build_without_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_building_loads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GDMD_REWARDS", str(tmp_path))
     built = build_rewards(specs("{kind: callable, target: 'operator:add'}", "{kind: clip}", "{kind: pickscore}"))
     assert [reward.name for reward in built] == ["operator:add", "clip", "pickscore"]
@@ -169,7 +169,7 @@ def test_functions_in_files_and_in_the_current_folder(tmp_path: Path, monkeypatc
         ("gone.py:warm", r"'gone.py:warm' cannot be imported \(there is no file .*gone.py\)"),
     ],
 )
-def test_wrong_functions(target: str, message: str) -> None:
+def test_functions_that_cannot_be_imported_are_errors(target: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         imported(target)
 
@@ -184,7 +184,9 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
     return int(ended.value.code or 0), printed.out, printed.err
 
 
-def test_list(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_has_every_pretrained_reward(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GDMD_REWARDS", str(tmp_path))
     code, printed, _ = run(capsys, "list", "--json")
     rows = {row["kind"]: row for row in json.loads(printed)}
@@ -209,11 +211,11 @@ OFFLINE = "the hub cannot be reached (HF_HUB_OFFLINE is set)"
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["convert", "foo", "x.pt"], "unknown reward 'foo'; known are clip, hps"),
+        (["convert", "foo", "x.pt"], "unknown reward 'foo'; known rewards are clip, hps"),
         (["convert", "hps", "none.pt"], "no such file"),
         (["convert", "clip", "none.pt"], "needs no conversion"),
         (["serve", "clip", "--host", "0.0.0.0"], "so a token is needed"),
-        (["serve", "no_such_kind"], "unknown kind; known are: clip, hps"),
+        (["serve", "no_such_kind"], "unknown kind; known values are: clip, hps"),
         (["fetch", "hps"], f"cannot fetch xswu/HPSv2@697403c78157: {OFFLINE}"),
         (["fetch", "clip"], f"cannot fetch openai/clip-vit-large-patch14@32bd64288804: {OFFLINE}"),
     ],

@@ -90,7 +90,7 @@ def test_scores_health_and_version(web: Any) -> None:
         (b"\xff", 400, "Invalid JSON"),
     ],
 )
-def test_bad_requests(web: Any, body: Any, status: int, reason: str) -> None:
+def test_bad_requests_are_refused_with_a_reason(web: Any, body: Any, status: int, reason: str) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     answer = web.post("/score", content=content, headers=AUTHORIZED)
     assert answer.status_code == status and reason in answer.json()["error"]
@@ -110,12 +110,12 @@ def test_any_bytes_are_scored_or_refused(body: bytes, web: Any) -> None:
 @pytest.mark.parametrize(
     "header", ["", TOKEN, "Bearer wrong", f"Bearer {TOKEN}x", f"bearer {TOKEN}", f"Bearer {TOKEN[:-1]}"]
 )
-def test_wrong_tokens(web: Any, header: str) -> None:
+def test_wrong_tokens_are_refused(web: Any, header: str) -> None:
     for answer in (web.post("/score", json=GOOD, headers={"Authorization": header}), web.get("/version")):
         assert answer.status_code == 401 and TOKEN not in answer.text
 
 
-def test_rate_limit() -> None:
+def test_requests_above_the_rate_limit_are_refused() -> None:
     web = make_client(rate=4)
     answers = [web.get("/version", headers=AUTHORIZED) for _ in range(6)]
     assert [answer.status_code for answer in answers] == [200] * 4 + [429] * 2

@@ -160,7 +160,7 @@ def published_file(net: Any, head: Any, old_names: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("old_names", [True, False])
 @torch.no_grad()
-def test_converted_hpsv3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_names: bool) -> None:
+def test_converted_hpsv3_equals_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_names: bool) -> None:
     net, words, head = hpsv3_parts()
     config = hpsv3_config(len(words.tokenizer), net.config.image_token_id)
     monkeypatch.setattr(convert_module, "CONFIG", config)
@@ -250,7 +250,7 @@ def test_geneval2_equals_the_published_evaluation(mean: Any) -> None:
 
 @pytest.mark.parametrize("make", [tiny_geneval2, tiny_hpsv3])
 def test_frequencies_of_positions_stay_exact(make: Any) -> None:
-    """As in from_pretrained; ``Module.to`` would round them to bf16."""
+    """They stay fp32, as in from_pretrained; ``Module.to`` would round them to bf16."""
     exact = [value.clone() for _, _, value in computed_buffers(make().loaded.net)]
     rounded = make(dtype="bf16").loaded.net
     assert len(exact) == 4 and any(not torch.equal(one, one.bfloat16().float()) for one in exact)
@@ -258,7 +258,7 @@ def test_frequencies_of_positions_stay_exact(make: Any) -> None:
     assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
 
 
-def test_spellings() -> None:
+def test_spellings_of_an_answer() -> None:
     assert set(spellings("seven")) == {"seven", "Seven", " seven", " Seven", "7", " 7"}
     assert set(spellings("Yes")) == {"yes", "Yes", " yes", " Yes"}
 
@@ -272,13 +272,13 @@ def test_spellings() -> None:
         ({"vqa_list": [["Is it red?", " "]]}, "with an answer of one word"),
     ],
 )
-def test_prompts_without_questions(row: dict[str, Any], message: str) -> None:
+def test_prompts_without_questions_are_an_error(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_geneval2().score(random_images(1), prompt_batch(["a red dog"], [row]))
 
 
 def test_training_prompts_without_questions_are_an_error() -> None:
-    """Before training, not when such a prompt is drawn."""
+    """The error comes before training, not when such a prompt is drawn."""
     spec = GenEval2Config()
     for specs in ([spec], [CompositeConfig.model_validate({"parts": [{"reward": spec.model_dump()}]})]):
         check_prompts(specs, ["a dog", "two cats"], [TASK, TASK])

@@ -62,7 +62,9 @@ def test_local_folder_without_network(tmp_path: Path, monkeypatch: pytest.Monkey
         ("org/name", None, HubRepo("a/b", "c"), None),
     ],
 )
-def test_revisions(given: str | None, revision: str | None, default: HubRepo, expected: str | None) -> None:
+def test_revision_of_located_weights(
+    given: str | None, revision: str | None, default: HubRepo, expected: str | None
+) -> None:
     assert locate_weights(given, revision, default).revision == expected
     assert len(CLIP_L.revision or "") == 40
 

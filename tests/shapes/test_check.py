@@ -49,7 +49,7 @@ def true_renders():
     return rows, scenes, images, detect(images), generator
 
 
-def test_area_and_centroid():
+def test_area_and_centroid_constants_match_the_outlines():
     half = torch.full((6,), 0.5, dtype=torch.float64)
     maps = coverage_maps(torch.arange(6), half, half, half * 0.6, 600)
     place = (torch.arange(600, dtype=torch.float64) + 0.5) / 600 - 0.5
@@ -123,14 +123,14 @@ def test_geneval_logic_by_hand():
     assert not verdict("two circles", left, third, (CIRCLE, RED, 0.75, 0.3, 0.11))
 
 
-def test_position_rule_slack():
+def test_position_rule_subtracts_the_slack():
     below = (SQUARE, BLUE, 0.5, 0.5, 0.16)
     near = (CIRCLE, RED, 0.5 - 0.15, 0.5 - 0.24, 0.16)  # cosine 0.53 before the slack, 0.32 after it
     assert not verdict("a circle left of a square", near, below)
     assert verdict("a circle above a square", near, below)
 
 
-def test_empty_image():
+def test_empty_image_scores_zero():
     images = torch.tensor([0.10, 0.11, 0.14])[None, :, None, None].expand(6, 3, 32, 32)
     rows = torch.stack([catalog().rows("train", task)[0] for task in range(6)])
     found = detect(images)

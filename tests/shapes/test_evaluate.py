@@ -1,4 +1,4 @@
-"""The evaluation on the Shapes world measures what the samplers made, and knows its uncertainty."""
+"""The evaluation on the Shapes world measures the samplers' images and reports its uncertainty."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_truth_beats_gray() -> None:
     assert best.frechet < worst.frechet
 
 
-def test_json_form() -> None:
+def test_json_has_the_public_fields() -> None:
     made = evaluate(Sampler("truth", 4, truth), pixel_components(), CFG, [HELDOUT, HalfScored()])
     public = made.json()
     assert set(public) == {
@@ -118,7 +118,7 @@ def test_diversity_needs_pairs() -> None:
     assert math.isnan(made.diversity) and made.json()["diversity"] is None
 
 
-def test_evaluate_errors() -> None:
+def test_missing_scorer_and_broken_images_are_errors() -> None:
     with pytest.raises(ValueError, match="shapes_clip_heldout"):
         evaluate(Sampler("gray", 1, gray), pixel_components(), CFG, [HalfScored()])
     broken = Sampler("sick", 1, lambda texts, rng: gray(texts, rng) * torch.nan)
@@ -127,7 +127,7 @@ def test_evaluate_errors() -> None:
 
 
 def test_interval_resamples_captions() -> None:
-    """Images that agree within a caption carry one vote together: 20 votes, not 2,000."""
+    """Images of one caption that agree are one observation: 20 observations, not 2,000."""
     votes = torch.rand(20) < 0.5
     texts = [f"caption {k}" for k in range(20) for _ in range(100)]
     low, high = bootstrap_interval(votes.repeat_interleave(100), torch.zeros(2000, dtype=torch.int64), texts)
@@ -137,7 +137,7 @@ def test_interval_resamples_captions() -> None:
     assert low < p < high
 
 
-def test_interval_weighs_tasks_equally() -> None:
+def test_interval_weights_tasks_equally() -> None:
     """A task that always succeeds and one that never does: 1/2, whatever their sizes."""
     task = torch.tensor([0] * 90 + [1] * 10)
     texts = [f"{int(t)}/{i // 2}" for i, t in enumerate(task)]

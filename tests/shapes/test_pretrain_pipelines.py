@@ -45,7 +45,7 @@ def test_qwen_reads_whole_captions(pipes) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captions_have_different_embeddings(pipes, family: str) -> None:
-    """Also those that differ only in the order of their words."""
+    """This includes captions that differ only in the order of their words."""
     pair = ["a red circle and a blue square", "a blue circle and a red square"]
     embeds = family_of(pipes[family]).encoder.encode(pair)["embeds"]
     assert (embeds[0] - embeds[1]).square().mean() > 0.1
@@ -101,7 +101,7 @@ def test_pipeline_folder(family: str, tmp_path: Path) -> None:
     assert image.size == (32, 32)
 
 
-def test_unknown_family(tmp_path: Path) -> None:
+def test_unknown_family_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got 'sd35'; name sd3, sdxl or flux2_klein"):
         list(pretrain("pipeline", None, None, tmp_path, False, [], "sd35", Console(quiet=True)))
 

@@ -1,4 +1,4 @@
-"""The Shapes scorers as rewards: differentiable, per sample, loud; and the material they learn from."""
+"""The Shapes scorers as rewards: gradients, independence of the batch, errors for bad input; their training data."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def untrained(kind: Kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_and_gradients(kind: Kind):
+def test_scores_have_a_gradient_to_the_images_only(kind: Kind):
     scorer, images = untrained(kind), renders().requires_grad_()
     scores = scorer.score(images, batch_of(TEXTS))
     assert scores.shape == (4,) and scores.dtype == torch.float32 and scorer.differentiable and scorer.name == kind
@@ -59,14 +59,14 @@ def test_captions_are_encoded_once(kind: Kind):
     encoder.text.register_forward_hook(lambda net, given, answer: read.append(len(given[0])))
     first = scorer.score(images, batch_of(TEXTS))
     turned = scorer.score(images.flip(0), batch_of(TEXTS[::-1])).flip(0)
-    assert read == [1, 1, 1, 1]  # alone, so that its bits do not depend on what it was met with
+    assert read == [1, 1, 1, 1]  # alone, so that its bits do not depend on the other captions
     torch.testing.assert_close(turned, first, rtol=0, atol=1e-5)  # of scores near 1: a hundred roundings of fp32
     said = scorer.net.text_features(catalog().tokens[torch.tensor([catalog().row(text) for text in TEXTS])])
     torch.testing.assert_close(first, scorer.net(images, said), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batch_independence(kind: Kind):
+def test_scores_do_not_depend_on_the_batch(kind: Kind):
     scorer, images = untrained(kind), renders()
     together = scorer.score(images, batch_of(TEXTS))
     alone = torch.cat([scorer.score(images[i : i + 1], batch_of(TEXTS[i : i + 1])) for i in range(4)])
@@ -74,7 +74,7 @@ def test_batch_independence(kind: Kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fp32_inside_autocast(kind: Kind):
+def test_scores_are_fp32_inside_autocast(kind: Kind):
     scorer, images = untrained(kind), renders()
     with torch.autocast("cpu", torch.bfloat16):
         inside = scorer.score(images, batch_of(TEXTS))
@@ -89,7 +89,7 @@ def test_broken_image_is_named(kind: Kind):
         untrained(kind).score(images, batch_of(TEXTS))
 
 
-def test_input_errors():
+def test_wrong_inputs_are_errors():
     scorer = untrained("shapes_clip")
     with pytest.raises(ValueError, match=r"\[B, 3, 32, 32\], got \[4, 3, 64, 64\]"):
         scorer.score(torch.zeros(4, 3, 64, 64), batch_of(TEXTS))
@@ -107,7 +107,7 @@ def test_clip_score_is_a_cosine():
     assert scorer.score(renders(), batch_of(TEXTS)).abs().max() <= 1
 
 
-def test_asset_errors(tmp_path: Path):
+def test_wrong_assets_are_errors(tmp_path: Path):
     with pytest.raises(ValueError, match="these tensors are not a shapes_pref"):
         load_scorer("shapes_pref", build_net("shapes_clip").state_dict())
     with pytest.raises(ValueError, match="cannot be read"):
@@ -117,7 +117,7 @@ def test_asset_errors(tmp_path: Path):
         from_asset(tmp_path / "shapes_clip.safetensors")
 
 
-def test_hard_negatives():
+def test_hard_negatives_share_task_and_split():
     table = catalog()
     near, count = hard_negatives("train")
     train = torch.nonzero((table.split == SPLITS.index("train")) | (table.split == ANY))[:, 0]
@@ -185,7 +185,7 @@ def test_shipped_scorers_generalize(kind: Kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shipped_scorer_metadata(kind: Kind):
+def test_shipped_scorers_record_their_command(kind: Kind):
     from gdmd.runs.assets import load_asset
 
     path = ASSETS / f"{kind}.safetensors"

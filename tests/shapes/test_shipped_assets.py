@@ -56,7 +56,7 @@ def test_guided_teacher_beats_four_steps() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_asset_metadata(name: str) -> None:
+def test_shipped_networks_record_their_command_and_seed(name: str) -> None:
     metadata = load_asset(asset_path(name)).metadata
     assert metadata["command"].startswith("gdmd pretrain")
     assert isinstance(metadata["seed"], int)
@@ -83,7 +83,7 @@ def test_checksums() -> None:
 
 
 @pytest.mark.parametrize("name", shipped_pipelines())
-def test_shipped_pipeline(name: str) -> None:
+def test_shipped_pipelines_record_their_command(name: str) -> None:
     trained = read_shapes_pipeline(f"{PREFIX}{name}")
     assert trained is not None and trained.family == name
     assert trained.command == f"gdmd pretrain pipeline {name} --steps {trained.steps} --seed {trained.seed}"

@@ -94,7 +94,7 @@ def test_state_of_the_other_optimizer(eager: None) -> None:
 
 
 @with_torchao
-def test_planned_bytes(eager: None) -> None:
+def test_planned_bytes_equal_those_of_the_optimizer(eager: None) -> None:
     optimizer = RoleOptimizer(named(), 1e-2, kind="adamw8bit")
     step(optimizer, 1)
     for name, parameter in optimizer.parameters.items():
@@ -104,13 +104,13 @@ def test_planned_bytes(eager: None) -> None:
         assert sum(t.numel() * t.element_size() for t in tensors) == moment_bytes(parameter.numel()), name
 
 
-def test_quantized_parameters() -> None:
+def test_only_large_parameters_in_whole_blocks_are_quantized() -> None:
     assert [quantized(n) for n in (256, 4095, 4096, 4097, 64 * 1280)] == [False, False, True, False, True]
     assert moment_bytes(10) == 80
     assert moment_bytes(2**20) == 2 * (2**20 + 2**20 // 64 + 1024)
 
 
-def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_an_error_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr("gdmd.training.adamw8bit.find_spec", lambda name: None if name == "torchao" else find(name))
     monkeypatch.setattr("gdmd.programs.train.build", lambda *given: pytest.fail("something was loaded"))
@@ -121,6 +121,6 @@ def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
         RoleOptimizer(named(), 1e-2, kind="adamw8bit")
 
 
-def test_no_sharding() -> None:
+def test_8_bit_state_cannot_be_sharded() -> None:
     with pytest.raises(ValueError, match="optimizer = adamw8bit and sharding = full.*cannot be sharded"):
         LoopConfig(optimizer="adamw8bit", sharding="full")

@@ -106,7 +106,7 @@ def trained(folder: Path, lr: float, steps: int = 40) -> tuple[Toy, list[str]]:
     return toy, notes.seen
 
 
-def test_dead_run_is_told_once_and_a_healthy_one_is_not(tmp_path: Path) -> None:
+def test_stuck_run_is_reported_once_and_a_healthy_one_is_not(tmp_path: Path) -> None:
     healthy, none = trained(tmp_path / "healthy", 1e-2)
     _, warned = trained(tmp_path / "dead", 1e-5)
     assert none == [] and len(warned) == 1 and "after 20 updates" in warned[0]

@@ -1,4 +1,4 @@
-"""The moving average follows its formula, keeps fp32, and lends its weights without a trace."""
+"""The moving average follows its formula, keeps fp32, and restores the parameters it was swapped in for."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_starts_as_a_copy() -> None:
     assert ema.shadow["a"].tolist() == [1.0, -2.0]
 
 
-def test_formula() -> None:
+def test_updates_follow_the_formula() -> None:
     named = parameters()
     ema, expected = Ema(named, 0.9), torch.tensor([1.0, -2.0], dtype=torch.float64)
     for value in (5.0, 6.0, -1.0):
@@ -37,7 +37,7 @@ def test_formula() -> None:
     assert ema.updates == 3
 
 
-def test_warmup() -> None:
+def test_warmup_limits_the_first_decays() -> None:
     ema = Ema(parameters(), 0.99, warmup=True)
     assert ema.decay_at(0) == pytest.approx(1 / 10)
     assert ema.decay_at(90) == pytest.approx(91 / 100)
@@ -54,7 +54,7 @@ def test_half_precision_weights_have_an_fp32_average() -> None:
     assert 1.0 < ema.shadow["a"][0].item() < 1.001
 
 
-def test_swapped_in() -> None:
+def test_swapped_in_restores_the_parameters_after_an_error() -> None:
     named = parameters()
     ema = Ema(named, 0.5)
     set_all(named, 4.1)
@@ -67,7 +67,7 @@ def test_swapped_in() -> None:
     assert not torch.equal(named["a"], ema.shadow["a"])
 
 
-def test_load_continues() -> None:
+def test_loaded_average_continues() -> None:
     named = parameters()
     first = Ema(named, 0.99, warmup=True)
     set_all(named, 5.0)

@@ -37,7 +37,7 @@ def test_newest_checkpoint_follows_the_one_in_progress() -> None:
     assert pushed == ["step_1", "step_3"]
 
 
-def test_failure_is_a_note_and_the_last_checkpoint_is_tried_again() -> None:
+def test_failure_is_reported_and_the_last_checkpoint_is_tried_again() -> None:
     notes: list[str] = []
     failures = {"step_1": 2, "step_2": 1}  # that are left
     pushed: list[str] = []

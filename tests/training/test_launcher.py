@@ -111,7 +111,7 @@ def test_resume_hint(
     ("first", "other", "code"), [(-9, 4, 137), (-9, -15, 137), (-9, 143, 137), (2, 4, 2), (-6, 4, 4)]
 )
 def test_exit_code_of_a_failed_run(first: int, other: int, code: int) -> None:
-    """That of the rank that failed before the others lost it; an abort is NCCL's timeout."""
+    """It is that of the rank that failed first; an abort is NCCL's timeout."""
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     failures = {rank: ProcessFailure(rank, 100 + rank, end, "") for rank, end in enumerate((other, first))}
@@ -139,7 +139,9 @@ def test_module_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (["--restarts", "2"], "--restarts needs --gpus N"),
     ],
 )
-def test_launch_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_wrong_launch_options_create_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["train", "shapes_smoke", *arguments, "--run", str(tmp_path / "run")])
     assert stopped.value.code == 2 and not (tmp_path / "run").exists()

@@ -60,7 +60,7 @@ def poison_at(*steps: int):  # noqa: ANN201
     return poison
 
 
-def test_nonfinite_loss(tmp_path: Path) -> None:
+def test_nonfinite_loss_stops_the_run_with_its_last_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError) as caught:
         Toy(tmp_path / "run", toy_config(20), poison=poison_at(12)).train()
     message = str(caught.value)
@@ -75,7 +75,7 @@ def test_nonfinite_loss_without_checkpoint(tmp_path: Path) -> None:
         Toy(tmp_path / "run", toy_config(20), poison=poison_at(0)).train()
 
 
-def test_skip_nonfinite(tmp_path: Path) -> None:
+def test_nonfinite_updates_are_skipped_up_to_the_limit(tmp_path: Path) -> None:
     few = toy_config(20, on_nonfinite="skip", skip_limit=4)
     toy = Toy(tmp_path / "few", few, poison=poison_at(3, 8))  # two fake updates in each of the two steps
     assert toy.train().exit_code == 0
@@ -92,7 +92,7 @@ def test_first_signal_saves(tmp_path: Path) -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_second_ctrl_c(tmp_path: Path) -> None:
+def test_second_ctrl_c_ends_the_run_at_once(tmp_path: Path) -> None:
     def interrupt(step: int) -> None:
         if step == 6:
             first = signal.getsignal(signal.SIGINT)
@@ -172,7 +172,7 @@ def test_best_metric_that_is_not_logged(tmp_path: Path) -> None:
     assert any("did you mean loss/student?" in note for note in watcher.notes)
 
 
-def test_damaged_newest_checkpoint(tmp_path: Path) -> None:
+def test_resume_skips_a_damaged_newest_checkpoint(tmp_path: Path) -> None:
     Toy(tmp_path / "run", toy_config(10)).train()
     (tmp_path / "run" / "checkpoints" / "step_000010" / "fake.safetensors").write_bytes(b"")
     watcher = Watcher()
@@ -188,7 +188,7 @@ def test_resume_of_a_finished_run(tmp_path: Path) -> None:
     assert watcher.steps == [] and first.checkpoint.name == "step_000006"
 
 
-def test_logged_rows(tmp_path: Path) -> None:
+def test_rows_are_logged_every_log_every_steps(tmp_path: Path) -> None:
     watcher = Watcher()
     Toy(tmp_path / "run", toy_config(10, log_every=4, lr_schedule="linear", warmup=0), hooks=Hooks(watcher)).train()
     assert [step for step, _ in watcher.rows] == [4, 8, 10]
@@ -201,7 +201,7 @@ def test_logged_rows(tmp_path: Path) -> None:
 
 
 def test_validation_uses_the_ema_weights(tmp_path: Path) -> None:
-    """Also a row for each validation: a separate one unless the step is logged anyway."""
+    """Each validation is logged in a row: in a separate one, unless the step is logged anyway."""
     seen: list[tuple[int, str, Tensor]] = []
     toy = Toy(tmp_path / "run", toy_config(7, ema=0.9, log_every=2))
     weight = toy.roles.student.layers[0].weight
@@ -228,7 +228,7 @@ def test_validation_uses_the_ema_weights(tmp_path: Path) -> None:
     assert not torch.equal(seen[-1][2], weight)
 
 
-def test_micro_batches(tmp_path: Path) -> None:
+def test_micro_batches_train_the_same_weights(tmp_path: Path) -> None:
     weights = []
     for micro_batch in (0, 2):
         toy = Toy(tmp_path / str(micro_batch), toy_config(5, micro_batch=micro_batch))
@@ -237,7 +237,7 @@ def test_micro_batches(tmp_path: Path) -> None:
     assert torch.allclose(*weights, atol=1e-5)
 
 
-def test_bf16(tmp_path: Path) -> None:
+def test_bf16_run_keeps_fp32_weights(tmp_path: Path) -> None:
     toy = Toy(tmp_path / "run", toy_config(5, precision="bf16"))
     assert toy.train().exit_code == 0
     assert toy.roles.student.layers[0].weight.dtype == torch.float32

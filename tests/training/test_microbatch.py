@@ -78,7 +78,7 @@ def test_micro_batches_equal_the_whole_batch(micro_batch: int) -> None:
 
 
 def test_metadata_with_tensors_is_cut_by_sample() -> None:
-    """As a dataset in torch's format has them: each row belongs to its own sample, whatever it holds."""
+    """Rows of a dataset in torch's format hold tensors; each row stays with its sample, whatever it holds."""
     rows = tuple({"prompt": f"prompt {i}", "label": torch.tensor(i), "box": torch.arange(i + 1)} for i in range(5))
     prompts = replace(make_batch(5).prompts, meta=rows)
     parts = [part for _, part in split((torch.zeros(5, 3), prompts), 2)]

@@ -1,4 +1,4 @@
-"""AdamW steps, clipping, learning-rate courses, exact restore; the statistics of many updates."""
+"""AdamW steps, clipping, learning-rate schedules, exact restore; the statistics of many updates."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_step_equals_adamw_by_hand() -> None:
     assert torch.allclose(parameters["w"], x, rtol=0, atol=1e-12)
 
 
-def test_clipping() -> None:
+def test_clipping_scales_gradients_to_the_limit() -> None:
     parameters = named()
     optimizer = RoleOptimizer(parameters, lr=0.0, clip=0.5)
     give_gradients(parameters, 1)
@@ -53,7 +53,7 @@ def test_clipping() -> None:
 
 
 @pytest.mark.parametrize("clip", [0.0, 1e6])
-def test_no_clipping(clip: float) -> None:
+def test_gradients_within_the_limit_are_unchanged(clip: float) -> None:
     parameters = named()
     optimizer = RoleOptimizer(parameters, lr=0.0, clip=clip)
     give_gradients(parameters, 1)
@@ -88,7 +88,7 @@ def test_restored_state_is_a_copy() -> None:
     assert all(torch.equal(saved[key], tensor) for key, tensor in optimizer.tensors().items())
 
 
-def test_state_names() -> None:
+def test_state_is_named_by_moment_and_parameter() -> None:
     optimizer = RoleOptimizer(named(), 0.1)
     assert optimizer.tensors() == {}
     step(optimizer, 1)

@@ -42,7 +42,7 @@ def same_run(first: Path, second: Path) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a) and untimed_metrics(first) == untimed_metrics(second)
 
 
-def test_system_clock_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jumps_of_the_system_clock_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Toy(tmp_path / "steady", toy_config(12)).train()
     real, draws = time.time, random.Random(0)
     monkeypatch.setattr(time, "time", lambda: real() + draws.choice((-1, 1)) * draws.uniform(0, 1e6))

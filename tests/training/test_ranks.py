@@ -69,7 +69,7 @@ MICRO = {"gdmd_micro_2": "none", "gdmd_micro_full_2": "full"}
 def run(
     name: str, folder: Path, context: DistributedContext = SINGLE_PROCESS, steps: int = STEPS, **changes: Any
 ) -> None:
-    """Train the tiny networks by CONFIGS[name] to ``steps``, going on where the folder's run stopped."""
+    """Train the tiny networks by CONFIGS[name] to ``steps``, continuing where the folder's run stopped."""
     cfg = CONFIGS[name]
     loop = LoopConfig(
         **{"steps": steps, "batch_size": 8, "lr_student": LR, "lr_fake": LR, "log_every": 1}
@@ -119,7 +119,7 @@ def roles_of(cfg: Any) -> ShapesRoles:
 
 
 def start_of(part: str, cfg: Any) -> dict[str, Tensor] | None:
-    """The weights with which a run begins; EMA and old policy begin as the student. Moments and Z begin at 0 (None)."""
+    """The weights with which a run begins: EMA and old policy as the student, optimizer state and Z at 0 (None)."""
     role = {"student": "student", "ema": "student", "old": "student", "fake": "fake"}.get(part)
     if role is None:
         return None
@@ -202,7 +202,7 @@ def test_logged_statistics_of_the_global_batch(runs: Path, name: str) -> None:
             assert ranks[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6, nan_ok=True), key
 
 
-def test_indivisible_batch() -> None:
+def test_indivisible_batch_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"loop.batch_size = 9 does not divide among 2 ranks; use a multiple of 2"):
         DistributedContext(RankInfo(0, 2)).local_slice(9)
 
@@ -218,7 +218,7 @@ def test_indivisible_batch() -> None:
         ),
     ],
 )
-def test_incomplete_environment(given: dict[str, str], what: str) -> None:
+def test_incomplete_environment_is_an_error(given: dict[str, str], what: str) -> None:
     assert rank_info({}) == rank_info({"RANK": "0", "WORLD_SIZE": "1"}) == RankInfo()
     with pytest.raises(ValueError, match=what):
         rank_info(given)

@@ -1,4 +1,4 @@
-"""Resume == no interruption, bit for bit: parameters, EMA, optimizer moments, old policy, method state and metrics."""
+"""Resume == no interruption, bit for bit: parameters, EMA, optimizer state, old policy, method state and metrics."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def test_resume_after_sigkill_is_bit_exact(uninterrupted: Path, tmp_path: Path) 
     ("moment", "newest"), [("_sha256", 5), ("_digest", 5), ("_choose_and_rotate", 10)], ids=lambda value: str(value)
 )
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_sigkill_while_writing(uninterrupted: Path, tmp_path: Path, moment: str, newest: int) -> None:
+def test_sigkill_while_writing_loses_at_most_that_checkpoint(
+    uninterrupted: Path, tmp_path: Path, moment: str, newest: int
+) -> None:
     folder, real = tmp_path / "run", getattr(checkpoint, moment)
 
     def killed(*given: object) -> object:

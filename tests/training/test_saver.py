@@ -55,7 +55,7 @@ def test_loop_continues_while_writing(tmp_path: Path, gate: threading.Event) -> 
     assert writer is not None and writer._write is None and not writer.is_alive()  # the copy is freed
 
 
-def test_synchronous_save(tmp_path: Path) -> None:
+def test_synchronous_save_is_complete_when_it_returns(tmp_path: Path) -> None:
     own = saver(tmp_path, checkpoint_async=False)
     own.save(1, {"student": {"w": torch.zeros(3)}}, {})
     assert own.newest == tmp_path / "step_000001" and checkpoint.steps(tmp_path) == [1]

@@ -26,7 +26,7 @@ def packed(gdmd: Gdmd) -> Path:
 
 
 def test_the_file_holds_the_ema_student_the_fake_score_and_their_history(gdmd: Gdmd) -> None:
-    """fp16 and fp8, each value the nearest one; the history is that of the run, without places of this machine."""
+    """fp16 and fp8, each value the nearest one; the history is that of the run, without paths on this machine."""
     file = packed(gdmd)
     saved = checkpoint.load_newest(Path("run/checkpoints"))
     assert saved is not None
@@ -42,8 +42,8 @@ def test_the_file_holds_the_ema_student_the_fake_score_and_their_history(gdmd: G
     assert (history["commit"], history["inputs"]) == (facts["commit"], facts["inputs"])
 
 
-def test_command_of_a_run_names_no_place() -> None:
-    """Neither that of the program nor that of the run."""
+def test_the_recorded_command_contains_no_path() -> None:
+    """Neither the path of the program nor that of the run."""
     words = ["/usr/bin/gdmd", "train", "shapes_dmd", "--run", "/tmp/run", "loop.seed=1"]
     assert command_of({"command": words}) == "gdmd train shapes_dmd loop.seed=1"
     assert command_of({}) == "gdmd"
@@ -53,7 +53,7 @@ def test_a_run_starts_from_the_file_as_from_the_run(gdmd: Gdmd) -> None:
     """Up to the rounding of the file: at step 1 the student has moved by one update from the packed one."""
     file = packed(gdmd)
     finished = gdmd.train(f"loop.start_from={file}", "loop.steps=1", "loop.lr_student=1e-12", *SECOND)
-    assert finished.code == 0 and "fake start from pretrained/shapes_gdmd.safetensors, step 2 of" in finished.err
+    assert finished.code == 0 and "fake score start from pretrained/shapes_gdmd.safetensors, step 2 of" in finished.err
     ends = checkpoint.load_newest(Path("second/checkpoints"))
     assert ends is not None
     own = part(read_student_file(file), "student")
@@ -62,7 +62,7 @@ def test_a_run_starts_from_the_file_as_from_the_run(gdmd: Gdmd) -> None:
 
 def test_a_run_starts_from_the_shipped_student(gdmd: Gdmd) -> None:
     finished = gdmd.train("loop.start_from=shapes:dmd", *SECOND)
-    assert finished.code == 0 and "fake start from shapes:dmd, step 1 of `none`" in finished.err
+    assert finished.code == 0 and "fake score start from shapes:dmd, step 1 of `none`" in finished.err
     assert "loop.seed is" not in finished.err
     again = gdmd.train("loop.start_from=shapes:dmd", "loop.seed=0", "--run", "third")
     assert "loop.seed is 0 there, too" in again.err
@@ -85,7 +85,7 @@ def test_other_names_and_files_are_refused_before_the_run_folder(gdmd: Gdmd, giv
 
 
 def test_a_student_of_another_teacher_is_refused(gdmd: Gdmd) -> None:
-    """By the fingerprint that the file holds."""
+    """The file holds the teacher's fingerprint."""
     file = packed(gdmd)
     asset = load_asset(gdmd.assets / "shapes_teacher.safetensors")
     other = {name: tensor + 1 for name, tensor in asset.tensors.items()}
@@ -94,7 +94,7 @@ def test_a_student_of_another_teacher_is_refused(gdmd: Gdmd) -> None:
     assert finished.code == 2 and "was trained on another base model" in finished.err, finished.err
 
 
-def test_other_steps_are_a_note(gdmd: Gdmd) -> None:
+def test_different_student_steps_are_reported(gdmd: Gdmd) -> None:
     finished = gdmd.train("loop.start_from=shapes:dmd", "method.student_steps=[1, 0.5]", *SECOND)
     assert finished.code == 0 and "method.student_steps was" in finished.err
 

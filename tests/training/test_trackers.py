@@ -245,7 +245,7 @@ class Notes(NoProgress):
         self.notes.append(message)
 
 
-def test_a_tracker_that_fails_later_is_noted_once_and_training_goes_on(
+def test_a_tracker_that_fails_later_is_reported_once_and_training_continues(
     tmp_path: Path, swanlab: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SWANLAB_API_KEY", "abcdef0123456789")

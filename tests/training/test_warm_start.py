@@ -49,7 +49,7 @@ def test_student_starts_from_the_ema(finished: Path, tmp_path: Path) -> None:
     assert states["student"].updates == 0
 
 
-def test_student_without_ema(tmp_path: Path) -> None:
+def test_start_from_a_student_without_ema(tmp_path: Path) -> None:
     Toy(tmp_path / "first", toy_config(5, ema=0.0)).train()
     states = role_states((toy := Toy(tmp_path / "run", toy_config())).roles, toy.cfg)
     assert "EMA" not in warm_start(str(tmp_path / "first"), states, SINGLE_PROCESS, {})
@@ -100,7 +100,7 @@ def test_gan_head_starts_fresh(tmp_path: Path) -> None:
 
 
 def test_adapters_of_an_unknown_run_are_not_scaled(tmp_path: Path) -> None:
-    """A folder with nothing but checkpoints does not say its lora_alpha."""
+    """A folder with nothing but checkpoints does not record lora_alpha."""
     name, saved = "block.to_q.lora_B.weight", torch.tensor([[2.0], [3.0]])
     roles: tuple[Role, ...] = ("student", "fake")
     checkpoint.save(tmp_path / "run" / "checkpoints", 1, {role: {name: saved} for role in roles}, {})
@@ -110,7 +110,7 @@ def test_adapters_of_an_unknown_run_are_not_scaled(tmp_path: Path) -> None:
     assert all(torch.equal(weights[name], saved) for weights in own.values())
 
 
-def test_differences_that_change_the_images_are_told(tmp_path: Path) -> None:
+def test_differences_that_change_the_images_are_reported(tmp_path: Path) -> None:
     run = create(tmp_path / "run", {"model": {"path": "a", "embedded_guidance": 3.5, "t5": True, "max_tokens": 0}})
     roles: tuple[Role, ...] = ("student", "fake")
     checkpoint.save(run.checkpoints, 1, {role: {"w": torch.ones(1)} for role in roles}, {})
@@ -148,6 +148,6 @@ def test_another_network_is_found_from_headers(finished: Path, tmp_path: Path, m
         check_roles(str(finished), tiny_roles())
 
 
-def test_another_network(finished: Path) -> None:
+def test_start_from_another_network_is_an_error(finished: Path) -> None:
     with pytest.raises(ValueError, match="do not fit the student of loop.start_from"):
         warm_start(str(finished), role_states(tiny_roles(), toy_config()), SINGLE_PROCESS, {})

@@ -34,7 +34,7 @@ class DistillationConfig(Config):
 
     guidance: NonNegative = Field(
         default=5.0,
-        description="Teacher's classifier-free guidance inside DMD; 1 makes no unconditional pass. "
+        description="Teacher's classifier-free guidance inside DMD; 1 runs no unconditional pass. "
         "Shapes 5 (best of the teacher's own sweep); SD3-M 7, SDXL 8 (arXiv 2605.26108, 2405.14867).",
     )
     student_steps: Annotated[tuple[Positive, ...], BeforeValidator(_uniform_steps), AfterValidator(_falling)] = Field(
@@ -46,7 +46,7 @@ class DistillationConfig(Config):
         default="renoise",
         description="How the student gets from step to step: renoise = x0 with fresh noise (DMD2, LCM); ode = x0 with the "
         "predicted noise (Euler, DDIM), as klein, Lightning, Z-Image-Turbo and SD3.5-Turbo are sampled. Used by training, "
-        "validation and exports; rollouts of GRPO and NFT have noise_level instead.",
+        "validation and exports; rollouts of GRPO and NFT use noise_level instead.",
     )
     step_draw: Literal["sample", "batch"] = Field(
         default="sample",
@@ -65,7 +65,8 @@ class DistillationConfig(Config):
     renoise_high: Probability = Field(default=0.98, description="Highest t of the DMD gradient.")
     fake_loss: Literal["native", "x0"] = Field(
         default="native",
-        description="native = MSE of eps or velocity (DMD2, DMDR); x0 = the paper's eq. 2, which weights noisy t most.",
+        description="native = mean square error of what the network predicts: eps, v or velocity (DMD2, DMDR); "
+        "x0 = the paper's eq. 2, which weights noisy t most.",
     )
     normalize: bool = Field(
         default=True,

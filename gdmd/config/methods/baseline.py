@@ -14,7 +14,7 @@ ReflMargin = Annotated[
     Finite,
     Field(
         description="m of ReFL's hinge relu(m - R), for each reward in its own units (DMDR's code: 0.7; CLIP and HPS stay "
-        "below it, so that it acts at all times there); the mean over rewards is taken after the hinge [I]."
+        "below it, so the hinge is always active there); the mean over rewards is taken after the hinge [I]."
     ),
 ]
 

@@ -27,7 +27,7 @@ class GDMDConfig(DistillationConfig):
     scored_step: NonNegative = Field(
         default=0.3,
         description="[I] s: the reward sees x0 - s grad. 1 is the implicit target itself, which often lies beyond the best "
-        "step; 0 is the limit, the derivative of the reward along -grad, by one backward pass of each reward at x0 for "
+        "step; 0 is the limit, the derivative of the reward along -grad, which needs one backward pass per reward for "
         "the whole group (differentiable rewards only).",
     )
     dmd_weight: NonNegative = Field(default=1.0, description="lambda, the weight of L_DMD [I].")

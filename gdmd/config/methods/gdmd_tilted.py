@@ -24,8 +24,8 @@ class TiltedGDMDConfig(DistillationConfig):
     extra_fake_updates: int = Field(
         default=0,
         ge=0,
-        description="Updates of the fake score on each rollout before the eta ones. A fake score that knows the student "
-        "better keeps it closer to the teacher: on Shapes, 2 extra updates reduced reward hacking.",
+        description="Updates of the fake score on each rollout before the eta ones. A more accurate fake score keeps "
+        "the student closer to the teacher: on Shapes, 2 extra updates reduced reward hacking.",
     )
     continuations: GroupSize = Field(
         default=8,
@@ -42,7 +42,7 @@ class TiltedGDMDConfig(DistillationConfig):
     )
     reward_gradient: NonNegative = Field(
         default=0.0,
-        description="Weight of the rewards' own gradient at the first two finished samples, as if x0 moved with them; 0 = "
+        description="Weight of the reward gradient at the first two finished samples, as if x0 moved with them; 0 = "
         "rewards are black boxes. It weights mean R / Z relative to the mean square of L_DMD; needs differentiable rewards. "
         "Unused at gamma 0.",
     )

@@ -92,7 +92,7 @@ class Family(ABC):
         _raise(wrong)
 
     def place(self, device: str, shared: Collection[str] = ()) -> None:
-        """The networks on ``device``, or where cfg.offload says; components in ``shared`` are placed already."""
+        """Move the networks to ``device``, or where cfg.offload says; components in ``shared`` are already there."""
         self.encoder.device, offload = torch.device(device), self.cfg.offload
         networks = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
         for name in networks.keys() - set(shared):

@@ -44,7 +44,7 @@ class FlowFamily(Family):
         return read_flow(scheduler, model, cls.max_shift, cls.max_image_tokens)
 
     def prediction(self, output: Any, x_t: Tensor, t: Tensor) -> Prediction:
-        """From a velocity in 2 x 2 patches, which most of these networks return; the others have their own."""
+        """Convert a velocity in 2 x 2 patches, which most of these networks return; other families override this."""
         return from_velocity(unpack(output, *x_t.shape[-2:]), x_t, t, self.schedule)
 
     def student_scheduler(self, sampler: StudentSampler) -> str:
@@ -64,7 +64,7 @@ class FlowFamily(Family):
         return t * (self.settings.train_steps / 1000)
 
     def rounded(self, number: Tensor) -> Tensor:
-        """In the dtype of the frozen weights: what a network reads that rounds its input, also for its fp32 copies."""
+        """Round to the dtype of the frozen weights, as the frozen network does, for its fp32 copies, too."""
         return number.to(DTYPES[self.cfg.dtype])
 
     def mu(self, steps: int) -> float | None:

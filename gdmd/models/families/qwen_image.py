@@ -61,7 +61,7 @@ class QwenImage(FlowFamily):
 
     @classmethod
     def most_tokens(cls, net: Any) -> tuple[int, int]:
-        """Its table of 4096 positions covers half a side, followed by the caption (at most 1024 tokens)."""
+        """The network's table of 4096 positions covers half a side, then the caption (at most 1024 tokens)."""
         del net
         return (2 * (4096 - 1024),) * 2
 

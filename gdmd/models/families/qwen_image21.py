@@ -81,7 +81,7 @@ class QwenImage21(FlowFamily):
 
     @classmethod
     def most_tokens(cls, net: Any) -> tuple[int, int]:
-        """Its table has 1024 negative positions, for half of a side."""
+        """The network's table has 1024 negative positions, for half of a side."""
         del net
         return 2048, 2048
 

@@ -26,8 +26,8 @@ class UnetFamily(Family):
     A GAN head reads it after its mid block, as in DMD2 (arXiv 2405.14867, section 4.3). The rest is not computed.
     """
 
-    # the layers of LCM-LoRA (arXiv 2311.05556). DMD students of the SDXL miniature have ShapesEval .72 with these and with
-    # full weights; with adapters on the attention layers only they stay behind (docs/LOG.md, entries 34 and 35)
+    # the layers of LCM-LoRA (arXiv 2311.05556). DMD students of the SDXL miniature have ShapesEval 0.72 with these and
+    # with full weights, and less with adapters on the attention layers only (docs/LOG.md, entries 34 and 35)
     targets = (
         *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
         *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),

@@ -1,7 +1,7 @@
 """Small pipelines of diffusers' own classes, to be trained on the Shapes world: what ``gdmd pretrain pipeline`` builds.
 
-Every part is seeded and needs no download. The text encoders stay random: an embedding that tells words and places apart
-is all that a network needs to learn what they mean. The VAEs of all families have the same shape.
+Every part is seeded and needs no download. The text encoders stay random: an embedding that tells words and positions
+apart is all that a network needs to learn what they mean. The VAEs of all families have the same shape.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from gdmd.shapes.grammar import catalog
 SIZE = 32
 """Pixels along a side of an image."""
 CHANNELS = 8
-"""Of a latent, which has a quarter of the image's side."""
+"""Channels of a latent, whose side is a quarter of the image's."""
 GRID = SIZE // 4
 CLIP_TOKENS = 10
 """Positions of the CLIP encoders: a caption of seven words, the start and the end."""
 QWEN_TOKENS = 12
 """Tokens of a Qwen prompt: the caption in its template."""
 WORD_SCALE = 1.0
-"""Standard deviation of word and place embeddings. CLIP's own .02 would leave less signal than the layers add."""
+"""Standard deviation of word and position embeddings. CLIP's own 0.02 would leave less signal than the layers add."""
 _WIDTH = 32  # of the text encoders
 
 

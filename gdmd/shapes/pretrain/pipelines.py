@@ -34,7 +34,7 @@ EMBEDDED = 512
 
 
 def kl_vae_job(steps: int = 2000, seed: int = 1, batch: int = 64) -> PretrainJob:
-    """The AutoencoderKL of all families, trained as the Shapes lab's: mean squared error + KL_WEIGHT x KL.
+    """The AutoencoderKL of all families, trained like the Shapes VAE: mean squared error + KL_WEIGHT x KL.
 
     At the end the encoder's last layer and the decoder's first are rescaled, so that each channel of the latents has a
     standard deviation of 1.

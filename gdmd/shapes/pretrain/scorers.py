@@ -34,7 +34,7 @@ from gdmd.shapes.render import draw_scenes, render
 from gdmd.shapes.scorer_networks import KINDS, DualEncoder, Kind, Preference, build_net
 
 Net = DualEncoder | Preference
-LABEL_SHARPNESS = 3.0  # log odds of preferring an image with one wrong attribute less
+LABEL_SHARPNESS = 3.0  # log odds of preferring an image with one wrong attribute fewer
 POOL = 32  # steps whose scenes are drawn at once
 MAX_SCALE = 50.0  # cap of the learned inverse temperature; above it the model memorizes
 SHIPPED: dict[Kind, tuple[int, int]] = {  # (steps, seed) of the assets
@@ -80,7 +80,7 @@ def _pool(seed: int, batch: int, pool: int) -> SceneBatch:
 
 
 def batch_at(cfg: ScorerConfig, step: int) -> SceneBatch:
-    """The scenes of one step, [batch]: drawn for POOL steps at once, by (seed, step // 2 POOL).
+    """The scenes of one step, [batch]: drawn for POOL steps at once, by (seed, step // (2 POOL)).
 
     The next POOL steps use the same captions with the roles of the two scenes swapped.
     """
@@ -92,7 +92,7 @@ def batch_at(cfg: ScorerConfig, step: int) -> SceneBatch:
 
 
 def contrastive_loss(net: DualEncoder, batch: SceneBatch, generator: torch.Generator) -> Tensor:
-    """Symmetric InfoNCE over images of captions and of their hard negatives, with more hard captions. Scalar.
+    """Symmetric InfoNCE over images of captions and of their hard negatives, with additional hard captions. Scalar.
 
     An (image, caption) pair is masked in the softmax when the caption may be true of the image's scene although it is
     not the caption it was drawn for; so equal captions never compete.
