@@ -74,7 +74,7 @@ def generate_command(
     from gdmd.sources.open import kind_of, open_source
 
     options = {"steps": steps, "guidance": guidance, "batch": batch, "device": device, "dtype": dtype and dtype.value}
-    source = read_source(what).changed({key: value for key, value in options.items() if value is not None})
+    source = read_source(what).with_options(options)
     tasks = read_metadata(metadata)
     kind_of(source)
     from gdmd.evaluation.geneval import generate
