@@ -306,6 +306,17 @@ def test_retrained_run_is_another_source(gdmd: Gdmd) -> None:
         preference(read_source("run"), options, Path("eval"), quiet)
 
 
+def test_a_missing_checkpoint_is_found_before_the_first_image(gdmd: Gdmd) -> None:
+    gdmd.trained()
+    for wrong in ("7", "best"):
+        arguments = ("eval", "compare", "teacher-4-plain", f"run,checkpoint={wrong}", "-o", "x", "--per-task", "1")
+        done = gdmd(*arguments)
+        assert done.code == 2 and "best" in done.err and not Path("x").exists(), done.err
+    shutil.rmtree("run/checkpoints")
+    done = gdmd("eval", "compare", "teacher-4-plain", "run", "-o", "x", "--per-task", "1")
+    assert done.code == 2 and "run has no checkpoint yet" in done.err and not Path("x").exists()
+
+
 def test_compare_pairs_images(gdmd: Gdmd) -> None:
     a, b = world(gdmd)
     content = compare([read_source(f"one={a}"), read_source(f"<b>two={b}")], settings(), Path("eval"), quiet)
