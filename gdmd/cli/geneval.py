@@ -107,11 +107,12 @@ def score_command(
         return
     from gdmd.config.describe import counted
     from gdmd.evaluation.geneval import LABEL
+    from gdmd.reporting.tables import interval
 
     print(LABEL)
     for name, score in scores.items():
         shown = f"{counted(score.images, 'image')} of {counted(score.prompts, 'prompt')}"
-        print(f"{name:14} {score.value:.4f}  [{score.low:.4f}, {score.high:.4f}]  {shown}")
+        print(f"{name:14} {score.value:.4f}  {interval(score.low, score.high, 4):16}  {shown}")
     overall = scores["overall"]
     if overall.images != overall.fewest * overall.prompts:
         log(

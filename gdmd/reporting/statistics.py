@@ -145,9 +145,12 @@ def bootstrap_means(
 ) -> Floats:
     """[replicates]: means of ``values`` when whole clusters (values with equal ``labels``) are drawn with replacement.
 
-    For example, images of one prompt succeed or fail together, so whole prompts are resampled.
+    For example, images of one prompt succeed or fail together, so whole prompts are resampled. NaN for a single cluster,
+    which says nothing about its spread.
     """
     _, place = np.unique(np.asarray(labels), return_inverse=True)
+    if not place.any():
+        return np.full(replicates, np.nan)
     total, size = np.bincount(place, np.asarray(values, dtype=np.float64)), np.bincount(place)
     return np.concatenate([(n @ total) / (n @ size) for n in cluster_counts(len(size), replicates, rng)])
 
@@ -166,10 +169,8 @@ def clustered_mean(scores: Scores) -> Estimate:
         return Estimate(math.nan, math.nan, math.nan, 0, 0, missing)
     prompts = [prompt for prompt, _ in kept]
     count = len(set(prompts))
-    low, high = math.nan, math.nan
-    if count > 1:
-        rng = np.random.default_rng(0)
-        low, high = percentile_interval(bootstrap_means(list(kept.values()), prompts, REPLICATES, rng))
+    rng = np.random.default_rng(0)
+    low, high = percentile_interval(bootstrap_means(list(kept.values()), prompts, REPLICATES, rng))
     return Estimate(math.fsum(kept.values()) / len(kept), low, high, len(kept), count, missing)
 
 

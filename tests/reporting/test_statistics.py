@@ -85,6 +85,7 @@ def test_bootstrap_draws_whole_clusters() -> None:
 
 def test_bootstrap_of_equal_cluster_sizes_has_the_variance_of_the_mean() -> None:
     """Var = var(cluster means) / clusters; labels may be any values, and the blocks do not show."""
+    assert np.isnan(bootstrap_means([0.0, 1.0, 1.0], "aaa", 9, np.random.default_rng(0))).all()  # one says nothing
     drawn = bootstrap_means([0.0, 0.0, 1.0, 1.0, 3.0, 3.0], list("aabbcc"), 20_050, np.random.default_rng(0))
     assert drawn.shape == (20_050,)
     assert drawn.mean() == pytest.approx(4 / 3, abs=0.02)
