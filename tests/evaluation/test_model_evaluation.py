@@ -155,7 +155,8 @@ def test_shards_equal_one_process(gdmd: Gdmd) -> None:
     arguments = ("eval", "preference", "run", "--per-task", "1", "-n", "1", "-o")
     assert gdmd(*arguments, "whole").code == 0
     for k in ("0/2", "1/2"):
-        assert gdmd(*arguments, "parts", "--shard", k).code == 0
+        done = gdmd(*arguments, "parts", "--shard", k, "--json")
+        assert json.loads(done.out) == {"prompts": 3, "images": "parts/images"}, done.err
     whole, parts = (folder_state(Path(name) / "images") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and len([name for name in whole if name.endswith(".png")]) == 6
     for name in (name for name in whole if name.endswith(".png")):
