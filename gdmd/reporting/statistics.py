@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 REPLICATES = 2000
+ROUNDING = 12
+"""Decimals of a difference; the rest is rounding."""
 _BLOCK = 100  # replicates at a time: bounds memory
 
 Floats = NDArray[np.float64]
@@ -45,7 +47,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two-sided paired t test of mean(a - b) = 0 over ``count`` pairs, and the 95 % interval of the difference."""
+    """Two-sided paired t test of mean(a - b) = 0 over ``count`` pairs, and the 95 % interval of the difference.
+
+    low, high and t are NaN if all differences are equal.
+    """
 
     count: int
     difference: float
@@ -106,19 +111,20 @@ def t_quantile(dof: int) -> float:
 def paired_t(a: Mapping[int, float], b: Mapping[int, float]) -> PairedTest | None:
     """The test over the seeds that both sides have (seed -> value); None below two common seeds.
 
-    If all differences are equal, there is no spread: p = 0 if they are not 0, and p = 1 if they are.
+    If all differences are equal, there is no spread for a t test: p is that of the sign test, 2^(1 - count), and 1 if they
+    are 0. Differences have ROUNDING decimals: two equal means of tasks may differ in the last bit.
     """
     from scipy import stats
 
     seeds = sorted(a.keys() & b.keys())
     if len(seeds) < 2:
         return None
-    differences = [a[seed] - b[seed] for seed in seeds]
+    differences = [round(a[seed] - b[seed], ROUNDING) for seed in seeds]
     found = summarize(differences)
     if found.std == 0:
-        t, p = (math.copysign(math.inf, found.mean), 0.0) if found.mean else (0.0, 1.0)
-    else:
-        t, p = map(float, stats.ttest_1samp(differences, 0.0))
+        p = 2.0 ** (1 - found.count) if found.mean else 1.0
+        return PairedTest(found.count, found.mean, math.nan, math.nan, math.nan, p)
+    t, p = map(float, stats.ttest_1samp(differences, 0.0))
     return PairedTest(found.count, found.mean, found.low, found.high, t, p)
 
 
