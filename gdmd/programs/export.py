@@ -189,11 +189,14 @@ def _copy_samples(run: Path, step: int, target: Path) -> str | None:
 
 def validation_at(run: Path, step: int) -> dict[str, tuple[float, float | None]]:
     """Scorer -> means of the student at this step and of the teacher on the run's validation prompts, where logged."""
-    rows, prefix, teacher = read_metrics(run), "validation/", "validation/teacher/"
+    rows = [row for row in read_metrics(run) if row["step"] <= step]  # later ones may be of other prompts
+    prefix, teacher = "validation/", "validation/teacher/"
     student = {
         key: value for row in rows if row["step"] == step for key, value in row.items() if key.startswith(prefix)
     }
-    teachers = {key: value for row in rows for key, value in row.items() if key.startswith(teacher)}
+    teachers = {
+        key: value for row in rows for key, value in row.items() if key.startswith(teacher) and math.isfinite(value)
+    }
     scores = {key.removeprefix(prefix): value for key, value in student.items() if not key.startswith(teacher)}
     return {name: (value, teachers.get(f"{teacher}{name}")) for name, value in scores.items() if math.isfinite(value)}
 
