@@ -309,13 +309,10 @@ def test_retrained_run_is_another_source(gdmd: Gdmd) -> None:
 
 def test_a_missing_checkpoint_is_found_before_the_first_image(gdmd: Gdmd) -> None:
     gdmd.trained()
-    for wrong in ("7", "best"):
-        arguments = ("eval", "compare", "teacher-4-plain", f"run,checkpoint={wrong}", "-o", "x", "--per-task", "1")
-        done = gdmd(*arguments)
-        assert done.code == 2 and "best" in done.err and not Path("x").exists(), done.err
-    shutil.rmtree("run/checkpoints")
-    done = gdmd("eval", "compare", "teacher-4-plain", "run", "-o", "x", "--per-task", "1")
-    assert done.code == 2 and "run has no checkpoint yet" in done.err and not Path("x").exists()
+    for source, message in (("run,checkpoint=7", "no checkpoint '7'"), ("run", "run has no checkpoint yet")):
+        done = gdmd("eval", "compare", "teacher-4-plain", source, "-o", "x", "--per-task", "1")
+        assert done.code == 2 and message in done.err and not Path("x").exists(), done.err
+        shutil.rmtree("run/checkpoints", ignore_errors=True)
 
 
 def test_compare_pairs_images(gdmd: Gdmd) -> None:
