@@ -193,7 +193,7 @@ def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert run("study", "plan", *named, "-o", str(tmp_path / "two"), *sizes) == 2
     assert "never written over another" in capsys.readouterr().err
     assert run("study", "plan", *named, "-o", str(tmp_path / "three"), *sizes, "--repeats", "9") == 2
-    assert "lower repeats" in capsys.readouterr().err
+    assert "lower --repeats" in capsys.readouterr().err
     assert not (tmp_path / "three").exists()
 
 
