@@ -112,17 +112,17 @@ def paired_t(a: Mapping[int, float], b: Mapping[int, float]) -> PairedTest | Non
     """The test over the seeds that both sides have (seed -> value); None below two common seeds.
 
     If all differences are equal, there is no spread for a t test: p is that of the sign test, 2^(1 - count), and 1 if they
-    are 0. Differences have ROUNDING decimals: two equal means of tasks may differ in the last bit.
+    are 0. They are compared with ROUNDING decimals: two equal means of tasks may differ in the last bit.
     """
     from scipy import stats
 
     seeds = sorted(a.keys() & b.keys())
     if len(seeds) < 2:
         return None
-    differences = [round(a[seed] - b[seed], ROUNDING) for seed in seeds]
+    differences = [a[seed] - b[seed] for seed in seeds]
     found = summarize(differences)
-    if found.std == 0:
-        p = 2.0 ** (1 - found.count) if found.mean else 1.0
+    if len({round(one, ROUNDING) for one in differences}) == 1:
+        p = 2.0 ** (1 - found.count) if round(found.mean, ROUNDING) else 1.0
         return PairedTest(found.count, found.mean, math.nan, math.nan, math.nan, p)
     t, p = map(float, stats.ttest_1samp(differences, 0.0))
     return PairedTest(found.count, found.mean, found.low, found.high, t, p)
