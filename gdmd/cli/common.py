@@ -47,7 +47,7 @@ def _json_given(context: typer.Context, json: bool) -> bool:
 
 Json = Annotated[
     bool,
-    typer.Option("--json", help="Print one JSON object to stdout; messages go to stderr.", callback=_json_given),
+    typer.Option("--json", help="Print the result as JSON to stdout; messages go to stderr.", callback=_json_given),
 ]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="The run folder; default: a new one in ./runs.")]
 Arguments = Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Recipe and overrides.")]
@@ -86,7 +86,7 @@ def log(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object to stdout; NaN (not measured) becomes null, so that every parser can read it."""
+    """Print a value as JSON to stdout; NaN (not measured) becomes null, so that every parser can read it."""
     print(json.dumps(finite_or_none(value), indent=2, allow_nan=False), file=_RESULTS.get())
 
 

@@ -120,7 +120,12 @@ def sample_command(
             min=1, max=32, help="Enlarge images by this factor; default: 4 for images up to 64 pixels, else 1."
         ),
     ] = None,
-    which: Checkpoint = "last",
+    which: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoint", metavar="best|last|STEP", help="Which checkpoint of a run; default: last, the newest."
+        ),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Generate images from prompts into one PNG, a row per prompt.
@@ -138,9 +143,7 @@ def sample_command(
     from gdmd.recipes.run_folders import check_png
     from gdmd.sources.open import kind_of
 
-    source = read_source(what)
-    given = {"checkpoint": None if which == "last" else which, "device": device}
-    source = source.changed({key: value for key, value in given.items() if value is not None})
+    source = read_source(what).with_options({"checkpoint": which, "device": device})
     kind_of(source)
     check_png(png)
     from gdmd.config.describe import counted

@@ -74,7 +74,7 @@ def generate_command(
     from gdmd.sources.open import kind_of, open_source
 
     options = {"steps": steps, "guidance": guidance, "batch": batch, "device": device, "dtype": dtype and dtype.value}
-    source = read_source(what).changed({key: value for key, value in options.items() if value is not None})
+    source = read_source(what).with_options(options)
     tasks = read_metadata(metadata)
     kind_of(source)
     from gdmd.evaluation.geneval import generate
@@ -107,11 +107,12 @@ def score_command(
         return
     from gdmd.config.describe import counted
     from gdmd.evaluation.geneval import LABEL
+    from gdmd.reporting.tables import interval
 
     print(LABEL)
     for name, score in scores.items():
         shown = f"{counted(score.images, 'image')} of {counted(score.prompts, 'prompt')}"
-        print(f"{name:14} {score.value:.4f}  [{score.low:.4f}, {score.high:.4f}]  {shown}")
+        print(f"{name:14} {score.value:.4f}  {interval(score.low, score.high, 4):16}  {shown}")
     overall = scores["overall"]
     if overall.images != overall.fewest * overall.prompts:
         log(

@@ -77,7 +77,10 @@ def preference_command(
     given = (prompts, limit, per_task, images, seed, tuple(scorer or ()), features, reference, device)
     options = EvalOptions(*given, part or (0, 1), column=prompt_column)
     if part:
-        log(f"images of {generate_shard(source, options, where)} prompts are in {where / 'images'}")
+        count = generate_shard(source, options, where)
+        log(f"images of {count} prompts are in {where / 'images'}")
+        if json:
+            print_json({"prompts": count, "images": str(where / "images")})
         return
     row = preference(source, options, where, log)
     _print(row, {source.name: row}, json)

@@ -209,7 +209,10 @@ def simulate_command(
     given = {name: number for name, number in numbers.items() if number is not None}
     if study is None:
         prompts = given.pop("prompts", 200)
-        plan = synthetic_plan(_config(**given, seed=seed, questions=("overall",)), ("first", "second"), prompts)
+        usual = StudyConfig()
+        repeats = min(usual.repeats, given.get("pairs_per_rater", usual.pairs_per_rater))
+        cfg = _config(**given, repeats=repeats, seed=seed, questions=("overall",))
+        plan = synthetic_plan(cfg, ("first", "second"), prompts)
     elif given:
         names = ", ".join(f"--{name.partition('_')[0]}" for name in given)
         raise ValueError(f"{names}: {study} has its own numbers; leave these out, or the study for a hypothetical one")

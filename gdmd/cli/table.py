@@ -56,7 +56,7 @@ def table_command(
 
     files = {"prompts": prompts, "geneval2": geneval2, "ocr": ocr}
     given = {name: file for name, file in files.items() if file is not None}
-    kinds = tuple(one.strip() for one in columns.split(",")) if columns else ()
+    kinds = tuple(one.strip() for one in columns.split(",")) if columns is not None else ()
     options = TableOptions(given, kinds, tuple(scorer or ()), images, seed, limit, device)
     content = table(sources, options, folder, log)
     print_json(content) if json else print(markdown(content), end="")

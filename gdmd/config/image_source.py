@@ -102,6 +102,15 @@ class SourceConfig(Config):
         """A copy with other settings, validated again."""
         return _validated(self.model_dump(exclude_unset=True) | dict(given), f"source {self.where!r}")
 
+    def with_options(self, given: Mapping[str, Any]) -> SourceConfig:
+        """A copy with options of a command (None = not given). ValueError for values that differ from its own."""
+        options = {key: value for key, value in given.items() if value is not None}
+        differ = [key for key in options if key in self.model_fields_set and getattr(self, key) != options[key]]
+        if differ:
+            both = "; ".join(f"{key}={getattr(self, key)}, but --{key} {options[key]}" for key in differ)
+            raise ValueError(f"source {self.where!r}: it has {both}; give each once")
+        return self.changed(options)
+
 
 _NUMBERS = {"steps", "height", "width", "batch"}
 _JOINED = {"trained", "timesteps"}

@@ -62,10 +62,10 @@ class StudyConfig(Config):
         if self.repeats > self.pairs_per_rater:
             yield (
                 f"repeats is {self.repeats}, above pairs_per_rater = {self.pairs_per_rater}: "
-                "only pairs that were shown can be shown again; lower repeats"
+                "only pairs that were shown can be shown again; lower --repeats"
             )
         if self.votes_per_pair > self.raters:
             yield (
                 f"votes_per_pair is {self.votes_per_pair}, above raters = {self.raters}: "
-                "nobody judges the same pair twice; lower votes_per_pair or invite more raters"
+                "nobody judges the same pair twice; lower --votes, or invite more --raters"
             )

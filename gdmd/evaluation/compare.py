@@ -40,6 +40,7 @@ from gdmd.evaluation.preference import (
 from gdmd.evaluation.scorers import Features, feature_maker, judges_shapes, load_scorers, read_scorers, shapes_scorers
 from gdmd.evaluation.verdict import SHAPES_SET
 from gdmd.io import finite_or_none, write_atomic
+from gdmd.recipes.open_run import check_checkpoint
 from gdmd.recipes.run_folders import config_of
 from gdmd.reporting.progress_bar import phase
 from gdmd.reporting.statistics import Scores, paired_difference
@@ -120,7 +121,7 @@ def generate_shard(cfg: SourceConfig, options: EvalOptions, folder: Path) -> int
 def _measured(
     sources: Sequence[SourceConfig], options: EvalOptions, folders: Sequence[Path], log: Log
 ) -> tuple[PromptSet, list[dict[str, Any]]]:
-    """The prompts and a summary per source. All inputs are checked before the first image is generated."""
+    """The prompts and a summary per source. What needs no model is checked before the first image is generated."""
     shapes = any(draws_shapes(source) for source in sources)
     _require_prompts(options, shapes=shapes)
     name = options.features or ("shapes" if shapes else None)
@@ -173,7 +174,8 @@ def _shapes_only(specs: Sequence[RewardConfig], features: str | None, shapes: bo
 def _check_sources(
     sources: Sequence[SourceConfig], prompt_set: PromptSet, real: Sequence[Path], shapes_only: Sequence[str]
 ) -> None:
-    """ValueError for a folder without the needed images, and for images that the ``shapes_only`` measures cannot judge.
+    """ValueError for a folder without the needed images, a run without the checkpoint, and images of other models than the
+    ``shapes_only`` measures can judge.
 
     real: the reference images.
     """
@@ -184,7 +186,10 @@ def _check_sources(
         if kind_of(source) == "images":
             folder = FolderSource(source)
             files += [folder.file(slot) for slot in prompt_set.slots]
-        elif shapes_only and not draws_shapes(source):
+            continue
+        if kind_of(source) == "run":
+            check_checkpoint(Path(source.where), source.checkpoint)
+        if shapes_only and not draws_shapes(source):
             raise ValueError(f"{source.where} does not generate Shapes images. {limits}")
     for file in files if shapes_only else ():
         if (size := read_image(file).size) != (IMAGE_SIZE, IMAGE_SIZE):

@@ -115,6 +115,8 @@ def _scorers(columns: Sequence[Column], given: Sequence[str]) -> dict[str, str]:
         kind = read_scorer(text).kind
         if kind not in scorers:
             raise ValueError(f"--scorer {text}: the table has no column {kind!r}; it has {', '.join(scorers)}")
+        if scorers[kind] != kind:
+            raise ValueError(f"--scorer {text}: column {kind} already has {scorers[kind]}; give its settings once")
         scorers[kind] = text
     return scorers
 

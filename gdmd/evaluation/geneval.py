@@ -21,7 +21,7 @@ from gdmd.evaluation.geneval_scores import (
     read_metadata,
     summarize,
 )
-from gdmd.io import RunError, append_jsonl, content_hash, file_hash, read_jsonl, write_atomic, writing
+from gdmd.io import RunError, append_jsonl, content_hash, file_hash, finite_or_none, read_jsonl, write_atomic, writing
 from gdmd.reporting.progress_bar import progress_bar
 from gdmd.rewards.geneval.rules import DetectedObject, Task, as_row
 from gdmd.sources.base import Source, image_slots, record_settings
@@ -153,7 +153,7 @@ def write_scores(folder: Path, results: Sequence[ImageResult], images: str, by: 
         "by": by,
         "scores": {name: asdict(score) for name, score in scores.items()},
     }
-    write_atomic(folder / SUMMARY, json.dumps(summary, indent=2) + "\n", "the scores")
+    write_atomic(folder / SUMMARY, json.dumps(finite_or_none(summary), indent=2) + "\n", "the scores")
     return scores
 
 

@@ -47,7 +47,10 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class Score:
-    """A share of correct images with its 95 % interval over prompts. fewest: images of the prompt with the fewest."""
+    """A share of correct images with its 95 % interval over prompts; NaN where a task has one prompt.
+
+    fewest: images of the prompt with the fewest.
+    """
 
     value: float
     low: float

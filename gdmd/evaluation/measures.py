@@ -133,7 +133,15 @@ def _stored_geneval(file: Path) -> dict[str, Any]:
     """scores, and what they are from: images, by. ValueError for a damaged file."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        scores = {k: {key: float(one[key]) for key in ("value", "low", "high")} for k, one in found["scores"].items()}
+        scores = {
+            task: {"value": float(one["value"]), **{end: _end(one[end]) for end in ("low", "high")}}
+            for task, one in found["scores"].items()
+        }
         return {"scores": scores, "images": found.get("images"), "by": found.get("by")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}); score the folder again with gdmd eval geneval score") from error
+
+
+def _end(value: Any) -> float | None:
+    """An end of an interval; None where it is not known."""
+    return None if value is None else float(value)

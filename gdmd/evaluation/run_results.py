@@ -72,7 +72,7 @@ def _preference(file: Path, row: Mapping[str, Any], newest: int | None) -> Resul
     )
     return Result(
         f"Scores ({folder.name})",
-        _note(row, newest),
+        _note(row, None if row["source"]["kind"] == "run" and _own_run(row["source"], file) is None else newest),
         Verdict(OTHER_WEIGHTS) if _retrained(row, file) else answer,
         Table([name], groups(rows)),
         images=_images(home),
@@ -81,7 +81,7 @@ def _preference(file: Path, row: Mapping[str, Any], newest: int | None) -> Resul
 
 def _comparison(file: Path, content: Mapping[str, Any], newest: int | None) -> Result:
     rows: Rows = content["rows"]
-    own = next((row for row in rows.values() if _same(row["source"]["where"], file)), None)
+    own = next((row for row in rows.values() if _own_run(row["source"], file)), None)
     note = _note(own or next(iter(rows.values())), newest if own else None)
     return Result(
         f"Comparison ({file.parent.name})",
@@ -92,16 +92,23 @@ def _comparison(file: Path, content: Mapping[str, Any], newest: int | None) -> R
     )
 
 
-def _same(where: str, file: Path) -> bool:
-    """Whether a source is the run that contains the file."""
-    return Path(where).resolve() in file.resolve().parents
+def _own_run(source: Mapping[str, Any], file: Path) -> Path | None:
+    """The run that contains the file, if that is the source.
+
+    Its path may be relative to another working directory than that of the report.
+    """
+    place = Path(source["where"])
+    if source["kind"] != "run":
+        return None
+    holds = (p for p in file.resolve().parents if p == place.resolve() or p.parts[-len(place.parts) :] == place.parts)
+    return next(holds, None)
 
 
 def _retrained(row: Mapping[str, Any], file: Path) -> bool:
     """Whether the run that contains the file has another checkpoint now at the step that was scored."""
     step, weights = row["source"]["step"], row.get("weights")
-    run = Path(row["source"]["where"])
-    if step is None or weights is None or not _same(str(run), file):
+    run = _own_run(row["source"], file)
+    if step is None or weights is None or run is None:
         return False
     try:
         return checkpoint_content(run, step) != weights

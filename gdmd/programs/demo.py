@@ -5,6 +5,7 @@ The start is the shipped DMD student (the first stage of two), or with loop.star
 
 from __future__ import annotations
 
+import math
 import shlex
 import textwrap
 import time
@@ -90,7 +91,8 @@ class Demo:
                 if one.sign > 0
                 else f"below {who}"
                 if one.sign < 0
-                else f"not shown to be above {who}, because the interval includes 0"
+                else f"not shown to be above {who}, because "
+                + ("so few captions give no interval" if math.isnan(one.low) else "the interval includes 0")
             )
         own = f"GDMD with {list(self.rows.values())[-1]['nfe']} calls is {', and '.join(shown)}."
         return [*lines, *textwrap.wrap(own, 80)]

@@ -77,6 +77,7 @@ def export_run(
     content |= {"loras": [one.model_dump() | {"path": _absolute(one.path)} for one in separate]} if separate else {}
     with writing("the export", target, option="--out"):
         target.mkdir(parents=True, exist_ok=True)
+        _clear(target)
         if whole:
             files, rounding = _write_pipeline(cfg, family, weights, target, dtype)
             content |= rounding
@@ -173,11 +174,19 @@ def _license(model: DiffusersModel, given: str | None) -> dict[str, str]:
     return found
 
 
-def _copy_samples(run: Path, step: int, target: Path) -> str | None:
-    """Copy the run's newest sample images up to this step, instead of an earlier export's; their path in ``target``."""
+def _clear(target: Path) -> None:
+    """Remove the description and sample images of an earlier export: they do not belong to the files that follow.
+
+    The new description is written last, so that a folder of an interrupted export is not taken for an export.
+    """
     if (target / EXPORT_FILE).is_file():
         for old in (target / "images").glob("step_*.png"):
             old.unlink()
+        (target / EXPORT_FILE).unlink()
+
+
+def _copy_samples(run: Path, step: int, target: Path) -> str | None:
+    """Copy the run's newest sample images up to this step; their path in ``target``."""
     grids = sorted(file for file in (run / "grids").glob("step_*.png") if file.stem[5:].isdigit())
     drawn = [file for file in grids if 0 < int(file.stem[5:]) <= step]
     if not drawn:
@@ -189,11 +198,14 @@ def _copy_samples(run: Path, step: int, target: Path) -> str | None:
 
 def validation_at(run: Path, step: int) -> dict[str, tuple[float, float | None]]:
     """Scorer -> means of the student at this step and of the teacher on the run's validation prompts, where logged."""
-    rows, prefix, teacher = read_metrics(run), "validation/", "validation/teacher/"
+    rows = [row for row in read_metrics(run) if row["step"] <= step]  # later ones may be of other prompts
+    prefix, teacher = "validation/", "validation/teacher/"
     student = {
         key: value for row in rows if row["step"] == step for key, value in row.items() if key.startswith(prefix)
     }
-    teachers = {key: value for row in rows for key, value in row.items() if key.startswith(teacher)}
+    teachers = {
+        key: value for row in rows for key, value in row.items() if key.startswith(teacher) and math.isfinite(value)
+    }
     scores = {key.removeprefix(prefix): value for key, value in student.items() if not key.startswith(teacher)}
     return {name: (value, teachers.get(f"{teacher}{name}")) for name, value in scores.items() if math.isfinite(value)}
 

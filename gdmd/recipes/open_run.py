@@ -31,10 +31,22 @@ def open_student(
     """The components of a run with the EMA weights of a checkpoint (best, last or a step) in its student, and its step."""
     saved = checkpoint.load_chosen(folder / "checkpoints", which)
     if saved is None:
-        raise RunError(f"{folder} has no checkpoint yet. Train it first: gdmd train --resume {typed(folder)}.")
+        raise _no_checkpoint(folder)
     components = build(_sampling_only(cfg), device)
     load_ema(components, saved)
     return components, saved.step
+
+
+def check_checkpoint(folder: Path, which: str) -> None:
+    """RunError for a run without this checkpoint; nothing is loaded."""
+    if which != "last":
+        checkpoint.chosen_path(folder / "checkpoints", which)
+    elif not checkpoint.steps(folder / "checkpoints"):
+        raise _no_checkpoint(folder)
+
+
+def _no_checkpoint(folder: Path) -> RunError:
+    return RunError(f"{folder} has no checkpoint yet. Train it first: gdmd train --resume {typed(folder)}.")
 
 
 def _sampling_only(cfg: RunConfig) -> RunConfig:

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 REPLICATES = 2000
+ROUNDING = 12
+"""Decimals of a difference; the rest is rounding."""
 _BLOCK = 100  # replicates at a time: bounds memory
 
 Floats = NDArray[np.float64]
@@ -45,7 +47,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two-sided paired t test of mean(a - b) = 0 over ``count`` pairs, and the 95 % interval of the difference."""
+    """Two-sided paired t test of mean(a - b) = 0 over ``count`` pairs, and the 95 % interval of the difference.
+
+    low, high and t are NaN if all differences are equal.
+    """
 
     count: int
     difference: float
@@ -106,7 +111,8 @@ def t_quantile(dof: int) -> float:
 def paired_t(a: Mapping[int, float], b: Mapping[int, float]) -> PairedTest | None:
     """The test over the seeds that both sides have (seed -> value); None below two common seeds.
 
-    If all differences are equal, there is no spread: p = 0 if they are not 0, and p = 1 if they are.
+    If all differences are equal, there is no spread for a t test: p is that of the sign test, 2^(1 - count), and 1 if they
+    are 0. They are compared with ROUNDING decimals: two equal means of tasks may differ in the last bit.
     """
     from scipy import stats
 
@@ -115,10 +121,10 @@ def paired_t(a: Mapping[int, float], b: Mapping[int, float]) -> PairedTest | Non
         return None
     differences = [a[seed] - b[seed] for seed in seeds]
     found = summarize(differences)
-    if found.std == 0:
-        t, p = (math.copysign(math.inf, found.mean), 0.0) if found.mean else (0.0, 1.0)
-    else:
-        t, p = map(float, stats.ttest_1samp(differences, 0.0))
+    if len({round(one, ROUNDING) for one in differences}) == 1:
+        p = 2.0 ** (1 - found.count) if round(found.mean, ROUNDING) else 1.0
+        return PairedTest(found.count, found.mean, math.nan, math.nan, math.nan, p)
+    t, p = map(float, stats.ttest_1samp(differences, 0.0))
     return PairedTest(found.count, found.mean, found.low, found.high, t, p)
 
 
@@ -145,9 +151,12 @@ def bootstrap_means(
 ) -> Floats:
     """[replicates]: means of ``values`` when whole clusters (values with equal ``labels``) are drawn with replacement.
 
-    For example, images of one prompt succeed or fail together, so whole prompts are resampled.
+    For example, images of one prompt succeed or fail together, so whole prompts are resampled. NaN for a single cluster,
+    which says nothing about its spread.
     """
     _, place = np.unique(np.asarray(labels), return_inverse=True)
+    if not place.any():
+        return np.full(replicates, np.nan)
     total, size = np.bincount(place, np.asarray(values, dtype=np.float64)), np.bincount(place)
     return np.concatenate([(n @ total) / (n @ size) for n in cluster_counts(len(size), replicates, rng)])
 
@@ -166,10 +175,8 @@ def clustered_mean(scores: Scores) -> Estimate:
         return Estimate(math.nan, math.nan, math.nan, 0, 0, missing)
     prompts = [prompt for prompt, _ in kept]
     count = len(set(prompts))
-    low, high = math.nan, math.nan
-    if count > 1:
-        rng = np.random.default_rng(0)
-        low, high = percentile_interval(bootstrap_means(list(kept.values()), prompts, REPLICATES, rng))
+    rng = np.random.default_rng(0)
+    low, high = percentile_interval(bootstrap_means(list(kept.values()), prompts, REPLICATES, rng))
     return Estimate(math.fsum(kept.values()) / len(kept), low, high, len(kept), count, missing)
 
 

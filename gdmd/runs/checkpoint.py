@@ -190,15 +190,20 @@ def load_chosen(folder: Path, which: str = "last") -> Checkpoint | None:
         for message in saved.messages if saved else ():
             _log.warning("%s; step %d is used", message, saved.step if saved else 0)
         return saved
+    try:
+        return load(chosen_path(folder, which))
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{error}. Restore it, or choose another checkpoint: last, or a step.") from error
+
+
+def chosen_path(folder: Path, which: str) -> Path:
+    """The folder of checkpoint "best" or of a step. RunError if it does not exist."""
     if which == "best":
         which = str(_best_step(folder))
     path = folder / f"step_{int(which):06d}" if re.fullmatch(r"\d{1,18}", which, re.ASCII) else None
     if path is None or not path.is_dir():
         raise RunError(f"there is no checkpoint {which!r} in {folder}: give best, last or a step ({_listed(folder)}).")
-    try:
-        return load(path)
-    except DamagedCheckpoint as error:
-        raise DamagedCheckpoint(f"{error}. Restore it, or choose another checkpoint: last, or a step.") from error
+    return path
 
 
 def _best_step(folder: Path) -> int:

@@ -134,7 +134,7 @@ def mean_score(scorer: Reward, images: Tensor, texts: Sequence[str], encoder: Te
 
 
 def bootstrap_interval(correct: Tensor, task: Tensor, texts: Sequence[str], seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of task means. correct [N] bool, task [N].
+    """95 % bootstrap interval of the mean of task means; NaN if a task has one caption only. correct [N] bool, task [N].
 
     Images of one caption are correlated, so whole captions are resampled, within their task.
     """

@@ -136,7 +136,9 @@ def analyze(
         raise ValueError("there are no votes yet; analyze the study after raters have voted")
     raters = _raters(plan, votes, max_failed_checks)
     used = {row.rater for row in raters if row.used}
-    kept = [vote for vote in votes if vote.rater in used]
+    first = {prompt.text: k for k, prompt in reversed(list(enumerate(plan.prompts)))}
+    numbers = [first[prompt.text] for prompt in plan.prompts]  # prompts of the same text are one cluster
+    kept = [replace(vote, prompt=numbers[vote.prompt]) for vote in votes if vote.rater in used]
     pairs = [vote for vote in kept if vote.kind == "pair"]
     if not pairs:
         raise NobodyPassedError(

@@ -1,9 +1,9 @@
 """The blind plan: which rater sees which two images, on which sides, in which order.
 
 Pairs are spread evenly: every rater gets the same number of each model pair (to within one), half of them with the
-sides swapped; every image pair gets ``votes_per_pair`` votes (to within one); tasks are interleaved. The same seed
-gives the same plan, except for image ids and tokens: those come from the system's randomness, so that a rater who knows
-the seed and this file cannot tell which model made an image.
+sides swapped; every image pair gets ``votes_per_pair`` votes (to within one), or more where there are too few images;
+tasks are interleaved. The same seed gives the same plan, except for image ids and tokens: those come from the system's
+randomness, so that a rater who knows the seed and this file cannot tell which model made an image.
 """
 
 from __future__ import annotations

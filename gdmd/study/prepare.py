@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,8 @@ def prepare(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     model_pairs = len(folders) - 1 if cfg.against else math.comb(len(folders), 2)
-    return Prepared(draft.plan, draft.tokens, cfg.raters * cfg.pairs_per_rater // model_pairs, _warnings(sizes, cfg))
+    warnings = (*_warnings(sizes, cfg), *_more_votes(draft.plan, cfg))
+    return Prepared(draft.plan, draft.tokens, cfg.raters * cfg.pairs_per_rater // model_pairs, warnings)
 
 
 def _write_images(
@@ -130,6 +132,17 @@ def write_private(path: Path, text: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def _more_votes(plan: Plan, cfg: StudyConfig) -> tuple[str, ...]:
+    """A warning if there are too few images for pairs with only ``votes_per_pair`` votes each."""
+    votes = Counter(trial.pair for rater in plan.raters for trial in rater.trials if trial.kind == "pair")
+    if (most := max(votes.values())) <= cfg.votes_per_pair + 1:
+        return ()
+    return (
+        f"there are only {len(votes)} pairs of images, so each is judged by up to {most} raters instead of "
+        f"{cfg.votes_per_pair}; for more different pairs give more prompts, or raise --images",
+    )
 
 
 def _warnings(sizes: Mapping[str, set[tuple[int, int]]], cfg: StudyConfig) -> tuple[str, ...]:

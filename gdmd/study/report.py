@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 WINS, TIES, LOSSES = "#0072b2", "#8a8f98", "#d55e00"
 """Distinct for color-blind readers (after Okabe and Ito)."""
 FIGURE_INK = "#1d1f24"
+LEVEL = 0.05
+"""p of the sign test from which on votes that all agree are too few."""
 LABELS = {"overall": "Overall", "quality": "Visual quality", "alignment": "Prompt alignment"}
 
 
@@ -218,12 +220,13 @@ def verdict(analysis: Analysis) -> Verdict:
 
 def _preferred(result: PairResult) -> str:
     low, high = result.clustered
+    few = low == high != 0.5 and result.p >= LEVEL  # all votes agree, so the bootstrap knows no spread
+    if math.isnan(low) or few:
+        return f"too few votes to compare {result.first} and {result.second}"
     if low > 0.5:
         return f"raters prefer {result.first} to {result.second}"
     if high < 0.5:
         return f"raters prefer {result.second} to {result.first}"
-    if math.isnan(low):
-        return f"too few votes to compare {result.first} and {result.second}"
     return f"{result.first} and {result.second} are not distinguishable"
 
 
@@ -278,6 +281,8 @@ def _summary(analysis: Analysis) -> str:
 def _share(value: float, interval: Interval) -> str:
     if math.isnan(value):
         return MISSING
+    if math.isnan(interval[0]):
+        return f"{100 * value:.1f} %"
     return f"{100 * value:.1f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 

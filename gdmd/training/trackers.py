@@ -6,7 +6,8 @@ resuming to the caller: the code here would not be shorter.
 
 A run is named after its folder, in the project of the environment variable WANDB_PROJECT, SWANLAB_PROJ_NAME or, since
 trackio itself reads none, TRACKIO_PROJECT; else "gdmd". RUN/trackers.json keeps its id and its last step: a resumed run
-continues the same tracker run, and the steps that it repeats (with the same numbers) are not sent again.
+continues the same tracker run, and the steps that it repeats (with the same numbers) are not sent again. If an input or
+the validation has changed, the repeated steps have other numbers, and a new tracker run begins.
 
 A missing library or a failed start is an error before training. A later failure (network, disk) is noted once, and the
 run trains on without that tracker until it is resumed; metrics.jsonl has every row.
@@ -30,7 +31,8 @@ from typing import Any
 
 from gdmd.config.extras import install
 from gdmd.io import all_errors, read_json, write_atomic, writing
-from gdmd.runs.run_folder import Run
+from gdmd.runs.inputs import CHANGES
+from gdmd.runs.run_folder import CONFIG_CHANGES, Run, read_facts
 from gdmd.training.callbacks import TrainerCallback, TrainerState
 
 PROJECT = "gdmd"
@@ -125,7 +127,7 @@ class TensorBoard(Tracker):
         from torch.utils.tensorboard import SummaryWriter
 
         with writing("the TensorBoard log", self.run.tensorboard):
-            self.writer = SummaryWriter(str(self.run.tensorboard), purge_step=state.step + 1 if state.step else None)
+            self.writer = SummaryWriter(str(self.run.tensorboard), purge_step=state.step + 1 if state.step else 0)
 
     def send(self, values: Mapping[str, Any], step: int) -> None:
         for key, value in values.items():
@@ -147,17 +149,23 @@ class TensorBoard(Tracker):
 
 
 class _TrackerWithId(Tracker, ABC):
-    """A tracker whose run is continued by its id; its last step is known, so that no step is sent twice."""
+    """A tracker whose run is continued by its id; its last step is known, so that no number is sent twice."""
 
     library: Any
     handle: Any
 
     def open(self, state: TrainerState) -> None:
         known = self._memory().get(self.name, {}) if state.step else {}  # a run that starts over is another run
+        changes = self._changes()
+        if state.step < known.get("step", -1) and changes != known.get("changes", 0):
+            self.note(
+                f"{self.name}: a new run begins at step {state.step}, because the repeated steps have other numbers"
+            )
+            known = {}
         self._before: int = known.get("step", -1)  # fixed: images and scalars of one step are sent separately
         self.library = importlib.import_module(self.name)
         run_id = self.begin(known.get("id", ""))
-        self._remember(id=run_id, step=self._before)
+        self._remember(id=run_id, step=self._before, changes=changes)
 
     @abstractmethod
     def begin(self, known: str) -> str:
@@ -171,6 +179,12 @@ class _TrackerWithId(Tracker, ABC):
 
     def image(self, path: Path) -> Any:
         return self.library.Image(str(path))
+
+    def _changes(self) -> int:
+        """How often something was changed on which the numbers of a step depend."""
+        facts = read_facts(self.run.path)
+        validation = [one for one in facts.get(CONFIG_CHANGES, ()) if one["key"].startswith("validation.")]
+        return len(facts.get(CHANGES, ())) + len(validation)
 
     def _memory(self) -> dict[str, Any]:
         file = self.run.path / "trackers.json"

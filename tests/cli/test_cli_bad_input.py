@@ -43,6 +43,8 @@ def refused(finished: Finished, *parts: str) -> None:
         (["sample", "nowhere", "-p", "a ring"], ["source nowhere: it does not exist", "Give a run folder"]),
         (["sample", "teacher", "-p", "a ring", "-o", "images.jpg"], ["images.jpg", ".png"]),
         (["sample", "teacher", "-p", "a dog"], ["unknown word 'dog'"]),
+        (["sample", "r,checkpoint=1", "-p", "a ring", "--checkpoint", "last"], ["checkpoint=1", "--checkpoint last"]),
+        (["eval", "geneval", "generate", "o/m,steps=4", "--metadata=m", "-o=i", "--steps=8"], ["steps=4", "--steps 8"]),
         (["train", "shapes_smoke", "prompts.file=nothing.txt"], ["nothing.txt", "cannot be read"]),
         (["train", "shapes_smoke", "model.teacher=gone.safetensors"], ["gone.safetensors", "missing"]),
         (["pretrain", "vae", "--kind", "shapes_clip"], ["--kind"]),

@@ -100,6 +100,11 @@ def test_some_columns_as_json_continue(world: Gdmd) -> None:
         ((), "no prompts were given; give --prompts, --geneval2 or --ocr"),
         ((*PROMPTS[:2], "--columns", "clipp"), "'clipp' is not a column of the table; did you mean 'clip'?"),
         ((*PROMPTS[:2], "--columns", "ocr"), "column ocr has no prompts; give its file with --ocr"),
+        ((*PROMPTS[:2], "--columns", ""), "'' is not a column of the table"),
+        (
+            (*PROMPTS[:2], "--scorer", "clip,dtype=bf16", "--scorer", "clip,dtype=fp32"),
+            "column clip already has clip,dtype=bf16; give its settings once",
+        ),
         ((*PROMPTS[:2], "--scorer", "ocr"), "the table has no column 'ocr'; it has imagereward, clip"),
         (
             ("--geneval2", "scenes.txt"),

@@ -155,7 +155,8 @@ def test_shards_equal_one_process(gdmd: Gdmd) -> None:
     arguments = ("eval", "preference", "run", "--per-task", "1", "-n", "1", "-o")
     assert gdmd(*arguments, "whole").code == 0
     for k in ("0/2", "1/2"):
-        assert gdmd(*arguments, "parts", "--shard", k).code == 0
+        done = gdmd(*arguments, "parts", "--shard", k, "--json")
+        assert json.loads(done.out) == {"prompts": 3, "images": "parts/images"}, done.err
     whole, parts = (folder_state(Path(name) / "images") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and len([name for name in whole if name.endswith(".png")]) == 6
     for name in (name for name in whole if name.endswith(".png")):
@@ -304,6 +305,14 @@ def test_retrained_run_is_another_source(gdmd: Gdmd) -> None:
     shutil.copytree("other/checkpoints", "run/checkpoints")
     with pytest.raises(ValueError, match=r"another source \(weights differ"):
         preference(read_source("run"), options, Path("eval"), quiet)
+
+
+def test_a_missing_checkpoint_is_found_before_the_first_image(gdmd: Gdmd) -> None:
+    gdmd.trained()
+    for source, message in (("run,checkpoint=7", "no checkpoint '7'"), ("run", "run has no checkpoint yet")):
+        done = gdmd("eval", "compare", "teacher-4-plain", source, "-o", "x", "--per-task", "1")
+        assert done.code == 2 and message in done.err and not Path("x").exists(), done.err
+        shutil.rmtree("run/checkpoints", ignore_errors=True)
 
 
 def test_compare_pairs_images(gdmd: Gdmd) -> None:

@@ -375,6 +375,12 @@ def test_stored_scores_are_shown_with_their_step(tmp_path: Path, caplog: pytest.
     assert "0.250 [0.200, 0.300]" in page.text and "Comparison (all)" in page.text
     assert "On clip, compared with other: run is higher." in page.text  # not the preference scores
     assert 'class="best">0.250' in text and 'class="best">0.125' not in text
+    for place, count in (("../elsewhere/run", 0), (f"{tmp_path.name}/run", 2)):  # another run; from another directory
+        for file in run.path.glob("*/*.json"):
+            file.write_text(file.read_text().replace(json.dumps(str(source["where"])), json.dumps(place)))
+        source["where"] = place
+        page = Page(report_run(run.path).read_text())
+        assert page.text.count("and the run has trained to step 20 since") == count
     damaged = run.checkpoints / "step_000020" / "student.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with caplog.at_level("WARNING", "gdmd"):

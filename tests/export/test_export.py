@@ -32,6 +32,8 @@ from gdmd.export.student import student_pipeline
 from gdmd.models.loading import open_family
 from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.models.roles import DiffusersRoles
+from gdmd.programs.export import validation_at
+from gdmd.runs.run_folder import create
 from gdmd.sources.base import image_slots
 from gdmd.sources.open import open_source
 from gdmd.types import StudentSampler
@@ -339,3 +341,13 @@ def test_cards_code_loads_the_lora_without_warnings(
     wanted = trainers_images(roles, noises)
     assert torch.allclose(stock_images(names["pipe"], roles, noises, monkeypatch), wanted, atol=1e-4)
     assert not caplog.text
+
+
+def test_validation_scores_of_a_card_are_those_of_the_same_prompts(tmp_path: Path) -> None:
+    """The teacher's images are drawn again when the prompts change: its later scores are not those of an earlier step."""
+    run = create(tmp_path / "run", {}, ["gdmd"])
+    run.log(0, {"validation/clip": 0.1, "validation/teacher/clip": 0.5, "validation/teacher/hps": float("nan")})
+    run.log(5, {"validation/clip": 0.2, "validation/hps": 0.3})
+    run.log(10, {"validation/clip": 0.7, "validation/teacher/clip": 0.9})
+    assert validation_at(run.path, 5) == {"clip": (0.2, 0.5), "hps": (0.3, None)}
+    assert validation_at(run.path, 10) == {"clip": (0.7, 0.9)}

@@ -110,6 +110,13 @@ def test_demo_says_what_its_differences_show(shares: tuple[float, ...], words: s
     assert demo.json()["gdmd_minus"]["DMD, 4 steps"]["mean"] == pytest.approx(shares[2] - shares[1])
 
 
+def test_demo_on_few_captions_claims_no_interval() -> None:
+    demo = demo_of(0.5, 0.6, 0.7)
+    for row in demo.rows.values():
+        row[PER_IMAGE]["captions"] = {task: ["the same"] * 20 for task in TASKS}
+    assert "because so few captions give no interval" in " ".join(demo.conclusion())
+
+
 @pytest.mark.parametrize("name", [name for name in shapes_names() if read_recipe(name).model.kind == "shapes"])
 def test_demo_control_is_plain_dmd(name: str) -> None:
     cfg = read_recipe(name)

@@ -134,6 +134,11 @@ def test_missing_data_is_refused(folders: Path) -> None:
         build(recipe(folders, "sd3", 1, DMDConfig(student_input="data")))
 
 
+def interrupted(*_: Any, **__: Any) -> None:
+    """In place of a function in which Ctrl-C is pressed."""
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(("name", "guidance"), [("flux2", 3.5)])
 def test_grids_samples_and_exports(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, guidance: float
@@ -168,6 +173,10 @@ def test_grids_samples_and_exports(
     (tmp_path / "run" / "export" / "images" / "step_000009.png").touch()  # as if a later step was exported before
     export_run(tmp_path / "run")
     assert [file.name for file in (tmp_path / "run" / "export" / "images").iterdir()] == images
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr("gdmd.programs.export.model_card", interrupted)
+        export_run(tmp_path / "run")
+    assert not (tmp_path / "run" / "export" / EXPORT_FILE).exists()  # of the earlier export, with new weights
     merged = export_run(tmp_path / "run", tmp_path / "whole", merged=True)
     assert (merged[0] / "model_index.json").is_file()
     with pytest.raises(ValueError, match="whole holds a merged pipeline, and this export is a LoRA; choose"):

@@ -38,6 +38,15 @@ def test_bad_source_arguments(text: str, message: str) -> None:
         read_source(text)
 
 
+def test_an_option_may_not_differ_from_the_source() -> None:
+    source = read_source("x,steps=4,checkpoint=best")
+    assert source.with_options({"steps": 4, "device": "cpu", "dtype": None}).device == "cpu"
+    with pytest.raises(
+        ValueError, match=r"it has steps=4, but --steps 8; checkpoint=best, but --checkpoint last; give"
+    ):
+        source.with_options({"steps": 8, "checkpoint": "last"})
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

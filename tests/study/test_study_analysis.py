@@ -19,7 +19,8 @@ from gdmd.config.training import LoopConfig
 from gdmd.runs.run_folder import create
 from gdmd.shapes.grammar import TASKS as SHAPES_TASKS
 from gdmd.study.analyze import analyze
-from gdmd.study.records import IMAGES, VOTES, Plan, Trial, Vote, read_plan, vote_of
+from gdmd.study.records import IMAGES, VOTES, Plan, Prompt, Trial, Vote, read_plan, vote_of
+from gdmd.study.report import markdown_text, verdict
 from gdmd.study.simulate import RaterModel, recovery, simulated_votes, synthetic_plan
 from gdmd.study.store import Store
 
@@ -50,6 +51,28 @@ def test_unanimous_raters() -> None:
     assert found.agreement[0].pairwise == 1 and found.agreement[0].self_same == found.agreement[0].self_count == 32
     assert found.bias[0].share == pytest.approx(0.5)
     assert all(row.used and row.checks_passed == 2 for row in found.raters)
+
+
+def test_two_votes_that_agree_claim_nothing() -> None:
+    """The bootstrap of equal votes has no spread: 2 of 2 votes have the interval [100, 100], but p = 0.5."""
+    own = {"votes_per_pair": 1, "repeats": 0, "checks": 0}
+    plan = synthetic_plan(CFG.model_copy(update=own | {"raters": 2, "pairs_per_rater": 1}), ("ours", "theirs"), 9)
+    found = analyze(plan, votes_by(plan, prefers("ours")), replicates=200)
+    assert found.pairs[0].clustered == (1.0, 1.0) and found.pairs[0].p == 0.5
+    assert verdict(found).sentence == "Overall: too few votes to compare ours and theirs."
+    assert "raters prefer ours" in verdict(analyze(PLAN, votes_by(PLAN, prefers("ours")), replicates=200)).sentence
+    one = synthetic_plan(CFG.model_copy(update=own | {"raters": 1}), ("ours", "theirs"), 60)
+    assert "| 100.0 % | " in markdown_text(
+        analyze(one, votes_by(one, prefers("ours")), replicates=200)
+    )  # no [nan, nan]
+
+
+def test_prompts_of_the_same_text_are_one_cluster() -> None:
+    twice = PLAN.model_copy(update={"prompts": tuple(Prompt(text=f"prompt {k // 2}") for k in range(60))})
+    votes = simulated_votes(PLAN, RaterModel(), 0)
+    assert (
+        analyze(twice, votes, replicates=200).pairs[0].prompts < analyze(PLAN, votes, replicates=200).pairs[0].prompts
+    )
 
 
 def test_always_left_is_bias_not_preference() -> None:
@@ -163,11 +186,14 @@ def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     named = [f"{name}={tmp_path / 'images' / name}" for name in MODELS]
     sizes = ("--raters", "3", "--pairs", "6", "--question", "overall")
     assert run("study", "plan", *named, "-o", str(tmp_path / "two"), *sizes) == 0
-    assert "3 raters x 11 screens: 18 votes per model pair" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "3 raters x 11 screens: 18 votes per model pair" in printed and "pairs of images" not in printed
+    assert run("study", "plan", *named, "-o", str(tmp_path / "many"), *sizes, "--votes", "1") == 0
+    assert "each is judged by up to 3 raters instead of 1" in capsys.readouterr().err
     assert run("study", "plan", *named, "-o", str(tmp_path / "two"), *sizes) == 2
     assert "never written over another" in capsys.readouterr().err
     assert run("study", "plan", *named, "-o", str(tmp_path / "three"), *sizes, "--repeats", "9") == 2
-    assert "lower repeats" in capsys.readouterr().err
+    assert "lower --repeats" in capsys.readouterr().err
     assert not (tmp_path / "three").exists()
 
 
@@ -219,6 +245,10 @@ def test_simulate_prints_what_the_numbers_can_find(capsys: pytest.CaptureFixture
     arguments = ("--studies", "5", "--prompts", "40", "--pairs", "20", "--win-rate", "0.7", "--json")
     assert run("study", "simulate", *arguments) == 0
     assert json.loads(capsys.readouterr().out)["mean_win_rate"] == pytest.approx(0.7, abs=0.1)
+    assert (
+        run("study", "simulate", "--studies", "2", "--raters", "3", "--pairs", "2", "--json") == 0
+    )  # fewer than repeats
+    capsys.readouterr()
     assert run("study", "simulate", "--win-rate", "1.5") == 2
     assert "win_rate" in capsys.readouterr().err
 

@@ -222,7 +222,7 @@ def test_the_best_student_of_a_column_is_bold() -> None:
 
 
 def test_verdict_claims_only_what_is_left_after_holms_correction() -> None:
-    own = made_up(gdmd=[0.60, 0.62, 0.64], dmd=[0.50, 0.52, 0.54], dmdr=[0.60, 0.61, 0.65], refl=[0.7, 0.72, 0.74])
+    own = made_up(gdmd=[0.6, 0.62, 0.64], dmd=[0.5, 0.521, 0.539], dmdr=[0.6, 0.61, 0.65], refl=[0.7, 0.721, 0.739])
     found = verdict(own)
     assert found.sentence == (
         "On ShapesEval over 3 seeds, GDMD is better than DMD; it is worse than REFL; it is not distinguishable from DMDR."

@@ -22,7 +22,8 @@ from toy_training import Toy, toy_config
 from gdmd.config.load import ConfigError
 from gdmd.programs import train as programs
 from gdmd.recipes.read import read_recipe
-from gdmd.runs.run_folder import Run, read_metrics
+from gdmd.runs.inputs import CHANGES
+from gdmd.runs.run_folder import create, read_facts, read_metrics, write_facts
 from gdmd.training import trackers
 from gdmd.training.callbacks import TrainerState
 from gdmd.training.loop import Hooks, NoProgress
@@ -164,6 +165,21 @@ def test_tensorboard_gets_scalars_and_images(tmp_path: Path) -> None:
     assert [event.step for event in board.Images("validation/images")] == [0, 6, 12]
 
 
+def test_tensorboard_shows_a_run_that_starts_over_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def kill(step: int) -> None:
+        if step == 3:  # before the first checkpoint
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Toy(tmp_path / "run", toy_config(6), kill).train()
+    Toy(tmp_path / "run", toy_config(6)).train()
+    board = EventAccumulator(str(tmp_path / "run" / "tb"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss/student")] == [*range(1, 7)]
+
+
 # ---------------------------------------------------------------- SwanLab
 
 
@@ -232,6 +248,28 @@ def test_swanlab_run_is_continued(tmp_path: Path, swanlab: list[dict[str, Any]])
     assert [step for values, step in sent if "loss/student" in values] == [*range(1, 13)]
     images = [(values["validation/images"][1], step) for values, step in sent if "validation/images" in values]
     assert images == [(str(tmp_path / "mine" / "grids" / f"step_{step:06d}.png"), step) for step in (0, 6, 12)]
+
+
+def test_repeated_steps_with_other_numbers_go_to_a_new_run(tmp_path: Path, swanlab: list[dict[str, Any]]) -> None:
+    """An accepted change of an input: the steps after the checkpoint are trained again, with other numbers."""
+
+    def kill(step: int) -> None:
+        if step == 7:
+            raise KeyboardInterrupt
+
+    folder, cfg = tmp_path / "mine", toy_config(12, report_to="swanlab")
+    with pytest.raises(KeyboardInterrupt):
+        Toy(folder, cfg, kill).train()
+    write_facts(folder, read_facts(folder) | {CHANGES: [{"step": 5, "input": "prompts.file"}]})
+    notes = Notes()
+    with pytest.raises(KeyboardInterrupt):
+        Toy(folder, cfg, kill, Hooks(notes)).train()
+    Toy(folder, cfg).train()
+    first, second, third = swanlab
+    assert first["id"] != second["id"] == third["id"]
+    assert "swanlab: a new run begins at step 5, because the repeated steps have other numbers" in notes.notes
+    sent = [step for one in (second, third) for values, step in one["run"].logged if "loss/student" in values]
+    assert sent == [*range(6, 13)]
 
 
 # ---------------------------------------------------------------- faults
@@ -312,7 +350,7 @@ def test_a_missing_login_is_reported_before_the_networks_are_loaded(tmp_path: Pa
 
 
 def test_scores_that_are_missing_are_not_sent(tmp_path: Path, swanlab: list[dict[str, Any]]) -> None:
-    (tracker,) = trackers.trackers(["swanlab"], Run(tmp_path, {}), print)
+    (tracker,) = trackers.trackers(["swanlab"], create(tmp_path / "run", {}), print)
     state = TrainerState(0, 2, tmp_path, is_main=True)
     tracker.start(state)
     state.step = 1
