@@ -47,7 +47,7 @@ class Shown:
 
 
 def main(folder: Path) -> int:
-    """Write fig6_grid.png and fig7_grid.png among the figures, and images.json; returns the exit code."""
+    """Write fig6_grid.png and fig7_grid.png next to the other figures, and images.json; returns the exit code."""
     torch.set_num_threads(1)
     sweep = read_sweep(str(folder / "sweep.yaml"))
     shown = [_shown(sweep, run, folder) for run in shown_runs(sweep, folder)]
@@ -114,7 +114,7 @@ def _plane(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _captions(tasks: Sequence[str], count: int) -> list[str]:
-    """About ``count`` captions of the evaluation set, equally many of each of these tasks."""
+    """About ``count`` captions of the evaluation set, equally many from each of these tasks."""
     each = -(-count // len(tasks))
     rows = fixed_rows("eval", each).tolist()
     own = [row for row in rows if TASKS[int(catalog().task[row])] in tasks]
