@@ -89,8 +89,8 @@ def test_teacher_prompts() -> None:
 
 def test_teacher_prompt_that_is_not_a_text() -> None:
     for wrong, message in (
-        (3, "train_dataset, index 1: 'teacher_prompt' must be a text, got 3; leave it empty where the teacher"),
-        (["a ring"], "index 1: 'teacher_prompt' must be a text, got .\"a ring\"."),
+        (3, "train_dataset, index 1: 'teacher_prompt' must be a string, got 3; leave it empty where the teacher"),
+        (["a ring"], "index 1: 'teacher_prompt' must be a string, got .\"a ring\"."),
         ("a" * 4001, "index 1, teacher_prompt: 4001 characters; at most 4000"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -111,7 +111,7 @@ def test_texts_files_and_tables(tmp_path: Path) -> None:
     [
         (["a", 3], "train_dataset, index 1: .*got 3"),
         (["a", "b\0"], r"train_dataset, index 1: the character U\+0000"),
-        ([{"prompt": "a"}, {"prompt": None}], "train_dataset, index 1: 'prompt' must be a text, got null"),
+        ([{"prompt": "a"}, {"prompt": None}], "train_dataset, index 1: 'prompt' must be a string, got null"),
         ([{"words": "a"}], 'no column is named prompt, caption or text; .*rename it to "prompt"'),
         ([], "train_dataset: has no prompts"),
         (["", " "], "train_dataset: has no prompts"),
