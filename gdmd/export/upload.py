@@ -1,6 +1,6 @@
 """Upload an exported student to the Hugging Face Hub, and check beforehand that it can be uploaded.
 
-No message holds a token: errors of the client are reported in other words, and are not chained.
+No message contains a token: errors of the client are reworded and not chained.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def _client(repo_id: str, token: str | None) -> HfApi:
-    """The Hub's client with a token, for an id that is valid, if the Hub answers."""
+    """The Hub's client. ValueError for a wrong id; RunError without a token, or if the Hub does not answer."""
     check_repo_id(repo_id)
     from huggingface_hub import HfApi, get_token
 
@@ -125,7 +125,7 @@ def _client(repo_id: str, token: str | None) -> HfApi:
 
 @contextmanager
 def _explained(repo_id: str, token: str) -> Iterator[None]:
-    """Errors of the Hub and of its client as RunError. They are not chained: a request in them has the token."""
+    """Errors of the Hub and of its client as RunError. They are not chained: the request in them contains the token."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
