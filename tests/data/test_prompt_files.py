@@ -1,4 +1,4 @@
-"""Prompt files of every format, and one clear error with its line, entry or member for what is wrong."""
+"""Prompt files of every format, and for each mistake one clear error that names the line, entry or member."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PARTI = """Prompt\tCategory\tChallenge\tNote
 a red dog\tAnimals\tBasic\t
 "G I G G L E" painted on a wall, in red\tIllustrations\tWriting & Symbols\tx
 """
-"""As PartiPrompts.tsv: cells begin with a quote without being quoted."""
+"""Like PartiPrompts.tsv: cells begin with a quote but are not quoted."""
 RING, CROSS = "a ring, red", "a cross; blue"
 
 
@@ -184,7 +184,7 @@ def test_columns_and_metadata(tmp_path: Path) -> None:
 
 
 def test_teacher_prompts(tmp_path: Path) -> None:
-    """In every format with columns; the prompts may themselves be read from that column."""
+    """Every format with columns can have them; the prompts themselves may be read from that column, too."""
     rows = [{"prompt": "a ring", "teacher_prompt": "a red ring"}, {"prompt": "a cross", "teacher_prompt": ""}]
     table = "\n".join(",".join(row.values()) for row in [dict(zip(rows[0], rows[0], strict=True)), *rows])
     members = [("0.txt", b"a ring"), ("0.json", b'{"teacher_prompt": "a red ring"}')]

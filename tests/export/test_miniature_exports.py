@@ -1,4 +1,4 @@
-"""Trained pipelines through every export: plain diffusers draws the trainer's images with each of them."""
+"""Every export of trained pipelines: with each, plain diffusers draws the trainer's images."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SETTINGS = {
     "loop.threads": "1",
 }
 TOLERANCE = 1e-4
-"""Largest difference of a channel of a pixel, in [0, 1]."""
+"""Largest difference in a channel of a pixel, on a scale from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Trained:
     wanted: Tensor
 
     def difference(self, pipe: Any, patch: pytest.MonkeyPatch, *, bound: bool = False) -> float:
-        """Of the pipeline's images from the trainer's."""
+        """The largest difference of the pipeline's images from the trainer's."""
         drawn = stock_images(pipe, self.roles, self.noises, patch, self.captions, bound=bound)
         return float((drawn - self.wanted).abs().max())
 
@@ -190,7 +190,7 @@ def test_all_exports_on_one_page(trained: Trained, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trained", ["sdxl"], indirect=True)
 def test_scores_of_the_ema_are_not_on_the_card_of_the_last_weights(trained: Trained, tmp_path: Path) -> None:
-    """Nor are its sample images."""
+    """The card of the last weights has neither the scores nor the sample images of the EMA weights."""
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
     step = config_of(run).loop.steps

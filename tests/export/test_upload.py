@@ -1,4 +1,4 @@
-"""Uploads to the Hub, against a local stand-in: the same bytes arrive, errors say what to do, no message has the token."""
+"""Uploads to a local stand-in for the Hub: the same bytes arrive, errors say what to do, no message has the token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a reward of a run says nothing: by its logged rows, never by a single batch."""
+"""Rewards of a run that score nothing or give no signal, judged from its logged rows, never from a single batch."""
 
 from __future__ import annotations
 
