@@ -200,7 +200,7 @@ def test_teacher_prompts(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "one.jsonl", "teacher_prompt").rows == ({"prompt": "a red ring"},)
 
 
-def test_note(tmp_path: Path) -> None:
+def test_note_names_the_column_blank_lines_and_repeats(tmp_path: Path) -> None:
     path = tmp_path / "p.csv"
     path.write_text("Prompts,id\na dog,1\n,\n\na cat,2\na dog,3\n")
     assert read_prompts(path).note() == (

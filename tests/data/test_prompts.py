@@ -22,7 +22,7 @@ def stream(seed: int = 0, batch: int = 16) -> PromptStream:
     return PromptStream(training_captions(), ShapesTextEncoder(), batch, seed)
 
 
-def test_captions_with_an() -> None:
+def test_an_in_a_caption_is_read_as_a() -> None:
     assert tokenize("an orange  square") == tokenize("a orange square")
     assert catalog().row("a red circle and an orange square") == catalog().row("a red circle and a orange square")
     with pytest.raises(ValueError, match="unknown word 'ant'"):
