@@ -109,7 +109,7 @@ def is_monochrome(images: Tensor) -> Tensor:
 
 
 def style(folder: Path) -> dict[str, dict[str, float]]:
-    """By sampler (teacher, student): the share of monochrome images, and ShapesEval of the COLORLESS tasks."""
+    """For teacher and student: the share of monochrome images, and ShapesEval of the COLORLESS tasks."""
     cfg, components, student, _ = open_named(str(folder))
     rows = fixed_rows("eval", cfg.eval.per_task)
     rows = rows[torch.isin(catalog().task[rows], torch.tensor([TASKS.index(name) for name in COLORLESS]))]

@@ -110,7 +110,7 @@ class PromptFile:
         return content_hash(*(json.dumps(row, sort_keys=True, default=_stable) for row in rows))
 
     def note(self) -> str:
-        """For the user: the chosen column, skipped lines, repeated prompts, teacher prompts; "" if there are none."""
+        """A note for the user on the column, skipped lines, repeated prompts and teacher prompts; "" without them."""
         repeated = len(self.prompts) - len(set(self.texts))
         taught = sum(teacher_prompt(prompt.meta or {}, prompt.text) != prompt.text for prompt in self.prompts)
         unused = not taught and any(TEACHER_PROMPT in (prompt.meta or {}) for prompt in self.prompts)

@@ -26,7 +26,7 @@ _PLURALS = {
 def draw_tasks(per_task: int, seed: int, without: Collection[Task] = ()) -> tuple[Task, ...]:
     """``per_task`` prompts of every task (at most 80 of single objects) that ask for no image ``without`` asks for.
 
-    ValueError if a task has fewer prompts.
+    ValueError if another task has fewer prompts.
     """
     taken, drawn = set(map(_asked, without)), list[Task]()
     for tag in TASKS:

@@ -43,7 +43,7 @@ RATIOS = (
         "",
         "R(target) - R(sample); Z is the running std of a reward.",
     ),
-    Ratio("Realized gain, in units of Z", "gain/realized", "", "What the student has of it after the updates."),
+    Ratio("Realized gain, in units of Z", "gain/realized", "", "How much of it the student has after the updates."),
     Ratio(
         "Effective number of targets, of all",
         "weight/effective",

@@ -32,9 +32,9 @@ from gdmd.io import RunError, append_jsonl, near_name, numbered_jsonl, read_json
 from gdmd.runs.process import RUN_LOCK
 
 TEACHER_FILE = "teacher.safetensors"
-"""In RUN/grids: the teacher's validation images, 8-bit [N, 3, H, W], and what they depend on."""
+"""The file in RUN/grids with the teacher's validation images, 8-bit [N, 3, H, W], and what they depend on."""
 CONFIG_CHANGES = "config_changes"
-"""In run.json: what was changed in the configuration when the run was resumed."""
+"""The key in run.json for changes of the configuration when the run was resumed."""
 PACKAGES = ("gdmd", "torch", "numpy", "pydantic", "safetensors")
 
 

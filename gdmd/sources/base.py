@@ -21,11 +21,11 @@ Kind = Literal["teacher", "run", "export", "pipeline", "images"]
 
 
 EXPORT_FILE = "gdmd_export.json"
-"""In an exported folder: what is needed to generate images with it."""
+"""The file in an exported folder with what is needed to generate images with it."""
 
 
 SETTINGS = "settings.json"
-"""Next to generated images: what they were generated with."""
+"""The file next to generated images with what they were generated with."""
 
 
 MAX_IMAGES = 4096

@@ -31,9 +31,9 @@ from gdmd.sweep.worker import run_sampler
 RENDERS = 16
 """True renders per cluster, whose mean is the cluster's true center."""
 MARKERS = ("o", "s", "^", "D", "P", "*")
-"""For circle, square, triangle, diamond, cross, ring."""
+"""Markers of circle, square, triangle, diamond, cross, ring."""
 COLORS = ("#d62728", "#ff8c1a", "#e6c700", "#2ca02c", "#17becf", "#1f4fd6", "#8e44ad", "#ffffff")
-"""For red, orange, yellow, green, cyan, blue, purple, white."""
+"""Colors of the captions' red, orange, yellow, green, cyan, blue, purple, white."""
 HARDEST = ("position", "color_attr")
 
 

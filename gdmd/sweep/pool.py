@@ -139,7 +139,7 @@ class Table:
 
 @dataclass
 class _Pool:
-    """At most ``jobs`` workers at a time."""
+    """Runs at most ``jobs`` workers at a time."""
 
     folder: Path
     jobs: int

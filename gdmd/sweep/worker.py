@@ -149,7 +149,7 @@ def _exported(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def counted(components: Components) -> CountedMethod:
-    """The method with its passes counted: those of adapters on a frozen base model, and calls for features, as such."""
+    """The method with its passes counted; a backward through a frozen base model and a call for features cost less."""
     roles = components.roles
     if isinstance(roles, ShapesRoles):
         return CountedMethod(components.method, [roles.student.net, roles.fake.net, roles.teacher.net, roles.old.net])
