@@ -115,7 +115,7 @@ class DistillationTrainer:
             raise ConfigError(
                 [
                     "resume_from_checkpoint: got True without args.output_dir, and each run then gets a new folder, so that "
-                    "none is ever continued: set output_dir"
+                    "no run is ever continued: set output_dir"
                 ]
             )
         self._trained = None  # frees its networks

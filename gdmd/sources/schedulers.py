@@ -126,7 +126,9 @@ def step_arguments(pipe: Any, cfg: SourceConfig) -> Mapping[str, Any]:
         )
     if cfg.timesteps:
         if cfg.steps not in (None, len(cfg.timesteps)):
-            raise ValueError(f"source {cfg.where!r}: steps = {cfg.steps}, but timesteps has {len(cfg.timesteps)}")
+            raise ValueError(
+                f"source {cfg.where!r}: steps = {cfg.steps}, but timesteps has {len(cfg.timesteps)} values"
+            )
         _check(cfg, "timesteps", type(pipe).__name__, "timesteps" in call)
         reads = _reads(pipe.scheduler.set_timesteps, "timesteps") and not _at_flow_sigmas(pipe.scheduler.config)
         _check(cfg, "timesteps", _named(pipe.scheduler), reads)

@@ -135,7 +135,7 @@ def test_student_on_the_hub(
         hub.account = account(role="read")
         with pytest.raises(SystemExit):
             main(["export", str(trained.run), "-o", str(tmp_path / "refused"), "--push-to-hub", "me/student"])
-        assert "the token may only read" in capfd.readouterr().err and not (tmp_path / "refused").exists()
+        assert "the token is read-only" in capfd.readouterr().err and not (tmp_path / "refused").exists()
     assert trained.difference(pipe, monkeypatch, bound=True) <= TOLERANCE
     assert trained.difference(names["pipe"], monkeypatch) <= TOLERANCE
 
@@ -151,7 +151,7 @@ def test_training_uploads_its_checkpoints_and_its_student(
         assert "uploaded to" in capfd.readouterr().err
         with pytest.raises(SystemExit) as refused:
             main([*command, "--push-to-hub", "someone/else", "--run", str(tmp_path / "other")])
-        assert refused.value.code == 2 and "does not belong to someone" in capfd.readouterr().err
+        assert refused.value.code == 2 and "is not a member of someone" in capfd.readouterr().err
         assert not (tmp_path / "other").exists(), "refused before training"
     there = tmp_path / "hub" / "me"
     assert (there / "student" / "pytorch_lora_weights.safetensors").is_file()

@@ -134,7 +134,7 @@ def test_fit_command(capsys: pytest.CaptureFixture[str]) -> None:
     """With less memory than the reserve nothing helps, and the exit code is 1."""
     arguments = ["plan", "shapes_smoke", "loop.batch_size=4", "--gpu", "0.5", "--fit"]
     assert app(arguments, standalone_mode=False) == 1
-    assert "do not fit in 0.5 GiB, 95% of a GPU of 0.5 GiB. Take a smaller loop.batch_size" in capsys.readouterr().out
+    assert "does not fit in 0.5 GiB, 95% of a GPU of 0.5 GiB. Use a smaller loop.batch_size" in capsys.readouterr().out
     assert not app(
         ["plan", "shapes_smoke", "loop.batch_size=4", "--gpu", "12", "--fit", "--json"], standalone_mode=False
     )
