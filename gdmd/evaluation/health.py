@@ -171,7 +171,7 @@ def _latents(metrics: Metrics) -> tuple[Status, str]:
     scored = _end(metrics, "latent/scored_std")
     if math.isfinite(scored):
         status = _worst(status, _within(scored / std, 1.5, 2.5))
-        text += f" What the rewards score has {scored / std:.2f} times that std."
+        text += f" The scored latents have {scored / std:.2f} times that std."
     return status, text
 
 
