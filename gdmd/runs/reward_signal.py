@@ -2,8 +2,8 @@
 
 The rows hold, for each reward and log window,
     scores/NAME/unscored   share of images without a score (NaN)
-    scores/NAME/spread     mean |score - the first score|; 0 = all scores are the same
-Rules: a reward that scored no image in WINDOW iterations in a row with IMAGES prompts, or in a whole finished run, scores
+    scores/NAME/spread     mean |score - a score of the first scored batch|; 0 = all scores are the same
+Rules: a reward that scored no image in WINDOW iterations in a row with IMAGES samples, or in a whole finished run, scores
 nothing. One whose scores were all equal for as long gives no signal. One that left out more than half of the images
 causes a warning. Methods compare the images of one prompt: if no reward told them apart in a whole finished run, the run
 was trained by distillation alone. A single batch is never enough: rare NaN and discrete scores are legitimate, and so is a
@@ -22,9 +22,9 @@ from gdmd.runs.validation_scores import only_validation
 WINDOW = 20
 """Fewest iterations in a row after which a reward is reported."""
 IMAGES = 256
-"""Fewest prompts in these iterations."""
+"""Fewest samples in these iterations."""
 FEW = 32
-"""A finished run has failed if no reward told two images apart in this many prompts."""
+"""A finished run has failed if no reward told two images apart in this many samples."""
 ROUNDING = 1e-6
 """Scores whose relative difference is smaller are equal in fp32."""
 UNSCORED, SPREAD = "unscored", "spread"
@@ -97,7 +97,7 @@ class RewardSignal:
         return self.failed(finished) or (self.flat >= WINDOW and self.flat * self.batch_size >= IMAGES)
 
     def failed(self, finished: bool) -> bool:
-        """Whether no reward told the images of a prompt apart in a whole finished run with enough prompts."""
+        """Whether no reward told the images of a prompt apart in a whole finished run with enough samples."""
         return finished and 1 < self.scored == self.flat and self.flat * self.batch_size >= FEW
 
     def sparse(self, finished: bool) -> dict[str, float]:
