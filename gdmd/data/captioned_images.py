@@ -62,7 +62,7 @@ def captioned_images(source: Path) -> Iterator[Captioned | Unusable]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files in a folder and its subfolders in a fixed order: links are followed, hidden names left out."""
+    """All files in a folder and its subfolders in a fixed order: links are followed, hidden names are left out."""
     found: list[Path] = []
     for path, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(path) in {os.path.realpath(parent) for parent in Path(path).parents}:

@@ -33,7 +33,7 @@ LARGEST = 320
 """Pixels of the longer side in the gallery; the originals stay in their folders."""
 SHAPESEVAL = "ShapesEval"
 MOST = 3
-"""Most later models whose numbers the verdict shows; the plots show those of all."""
+"""With more later models than this, the verdict shows no numbers; the plots do."""
 Row = Mapping[str, Any]
 Rows = Mapping[str, Row]
 

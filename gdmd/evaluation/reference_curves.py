@@ -98,7 +98,7 @@ def _points(metrics: Metrics, ratio: Ratio, steps: int, targets: float) -> Itera
 
 
 def compared_panels(metrics: Metrics, cfg: RunConfig) -> list[tuple[str, str, str]]:
-    """(title, SVG, meaning) of every ratio that the run has logged, drawn over those of the healthy runs."""
+    """(title, SVG, meaning) of every ratio that the run and a healthy run have; the run's curve is in front."""
     own, panels = curves_of(metrics, cfg), []
     for ratio in RATIOS:
         others = {one.name: one.curves[ratio.title] for one in references() if ratio.title in one.curves}
