@@ -210,7 +210,7 @@ class StoredLatents:
     """RealLatents from disk: a random image of each prompt's caption, a function of (seed, step, sample) only."""
 
     def __init__(self, images: Sequence[tuple[str, str]], shards: Shards) -> None:
-        """images: (key, caption) of each."""
+        """images: (key, caption) of each image."""
         self._shards = shards
         self._images: dict[str, list[str]] = {}
         for key, caption in images:

@@ -377,8 +377,8 @@ def _check_teacher(source: str, prompt: Prompt) -> None:
     if not isinstance(given, str):
         shown = json.dumps(given, ensure_ascii=False, default=str)[:60]
         raise ValueError(
-            f"{source}, {prompt.where}: {TEACHER_PROMPT!r} must be a string, got {shown}; leave it empty where the teacher "
-            "reads the prompt"
+            f"{source}, {prompt.where}: {TEACHER_PROMPT!r} must be a string, got {shown}; leave it empty where the "
+            "teacher reads the prompt"
         )
     _checked(source, f"{prompt.where}, {TEACHER_PROMPT}", given)
 

@@ -1,7 +1,8 @@
 """Dimensionless statistics over a run, and those of healthy runs to compare them with.
 
 Each is a ratio, so that runs of different models can be compared: neither the scale of the latents nor the units of the
-rewards matter. Losses, gaps and rewards themselves are not comparable. A ratio still depends on the method and its options.
+rewards matter. Losses, gaps and rewards themselves are not comparable. A ratio still depends on the method and its
+options.
 ``tools/reference_curves.py`` makes reference_curves.json, next to this file, from run folders.
 """
 

@@ -25,7 +25,7 @@ def cores() -> int:
 
 
 RUN_LOCK = ".lock"
-"""The file in a run folder that the process that trains the run locks."""
+"""The file in a run folder that is locked by the process that trains the run."""
 
 
 @contextmanager

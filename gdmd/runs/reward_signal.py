@@ -3,11 +3,11 @@
 The rows hold, for each reward and log window,
     scores/NAME/unscored   share of images without a score (NaN)
     scores/NAME/spread     mean |score - a score of the first scored batch|; 0 = all scores are the same
-Rules: a reward that scored no image in WINDOW iterations in a row with IMAGES samples, or in a whole finished run, scores
-nothing. One whose scores were all equal for as long gives no signal. One that left out more than half of the images
-causes a warning. Methods compare the images of one prompt: if no reward told them apart in a whole finished run, the run
-was trained by distillation alone. A single batch is never enough: rare NaN and discrete scores are legitimate, and so is a
-reward without scores at first, such as OCR of a student that cannot draw text yet.
+Rules: a reward that scored no image in WINDOW iterations in a row with IMAGES samples, or in a whole finished run,
+scores nothing. One whose scores were all equal for as long gives no signal. One that left out more than half of the
+images causes a warning. Methods compare the images of one prompt: if no reward told them apart in a whole finished run,
+the run was trained by distillation alone. A single batch is never enough: rare NaN and discrete scores are legitimate,
+and so is a reward without scores at first, such as OCR of a student that cannot draw text yet.
 """
 
 from __future__ import annotations
