@@ -53,8 +53,8 @@ class DistillationTrainer:
         reward_funcs: Rewards of ``gdmd.rewards``, and functions (images, prompts, **columns) -> one number, or None, per
             image. Default: the rewards of the recipe.
         train_dataset: The prompts: a file, a list of strings or dicts, or a ``datasets.Dataset`` with a "prompt"
-            column. Its other columns are given to reward functions, except "teacher_prompt", which only the teacher reads.
-            Default: the Shapes captions; any other model needs prompts.
+            column. Its other columns are given to reward functions, except "teacher_prompt", which only the teacher
+            reads. Default: the Shapes captions; any other model needs prompts.
         args: Length, learning rate, batch, output folder, and any other field of the recipe.
         callbacks: ``TrainerCallback`` objects.
 
