@@ -7,7 +7,8 @@
 ``train`` fits the student's adapters to renders of the training captions, with the recipe's batches, optimizer, EMA and
 schedule; the run folder is an ordinary one (gdmd eval run, gdmd export). Without model.student the student is the base
 model, and with --monochrome the renders have no colors: what ``gdmd export`` writes is then a style LoRA. ``style`` says
-how many images of a run's student and of its teacher are monochrome, and how many show what a caption without colors asks.
+how many images of a run's student and of its teacher are monochrome, and how many show what a caption without
+colors asks for.
 """
 
 from __future__ import annotations
@@ -102,13 +103,13 @@ def fine_tune(recipe: str, overrides: Sequence[str], folder: Path, *, monochrome
 
 
 def is_monochrome(images: Tensor) -> Tensor:
-    """Whether an image has the style. [N, 3, H, W] -> [N] bool"""
+    """Whether each image is monochrome. [N, 3, H, W] -> [N] bool"""
     chroma = images.amax(1) - images.amin(1)
     return (chroma > CHROMA).flatten(1).float().mean(1) < COLORED
 
 
 def style(folder: Path) -> dict[str, dict[str, float]]:
-    """By sampler (teacher, student): the share of monochrome images, and ShapesEval of the COLORLESS tasks."""
+    """For teacher and student: the share of monochrome images, and ShapesEval of the COLORLESS tasks."""
     cfg, components, student, _ = open_named(str(folder))
     rows = fixed_rows("eval", cfg.eval.per_task)
     rows = rows[torch.isin(catalog().task[rows], torch.tensor([TASKS.index(name) for name in COLORLESS]))]

@@ -115,7 +115,7 @@ def recipe_of(setting: Setting, tiny: Path | None) -> RunConfig:
 
 
 def randomized(net: nn.Module, device: str) -> nn.Module:
-    """The network of the meta device with random weights on ``device``, small enough to stay finite in bf16."""
+    """A network of the meta device, with random weights on ``device`` that are small enough to stay finite in bf16."""
     net.to_empty(device=device)
     with torch.no_grad():
         _fill(net)
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tiny", type=Path, metavar="FOLDER", help="configs of this pipeline instead of the published ones"
     )
     parser.add_argument("--iterations", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no further setting after this time")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no new setting after this time")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/real_size.json"))
     options = parser.parse_args(arguments)
     chosen = [setting for setting in settings() if setting.name.startswith(options.only)]

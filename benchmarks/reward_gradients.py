@@ -3,9 +3,10 @@
     python benchmarks/reward_gradients.py                  # every setting, some minutes on one core
     python benchmarks/reward_gradients.py --only refl
 
-The first student updates from the teacher on, batch 64, student 3e-4, fake score 1e-3. Printed per update, of the student's
-weights: |g - g_DMD| / |g_DMD| of the mean losses, or std / mean of the tilt's weights. A weight that is right for one DMD
-loss is not right for another: with DMD2's normalizer, L_DMD's gradient is about three times as long on Shapes.
+The first student updates, starting from the teacher: batch 64, student 3e-4, fake score 1e-3. Printed per update, over
+the student's weights: |g - g_DMD| / |g_DMD| of the mean losses, or std / mean of the tilt's weights. A weight that is
+right for one DMD loss is not right for another: with DMD2's normalizer, L_DMD's gradient is about three times as long
+on Shapes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ RATES: dict[Role, float] = {"student": 3e-4, "fake": 1e-3}
 
 
 def gradient(loss: Tensor, weights: list[Parameter]) -> Tensor:
-    """Of the mean loss, all weights in one vector."""
+    """The gradient of the mean loss, with all weights in one vector."""
     return torch.cat([part.flatten() for part in torch.autograd.grad(loss.mean(), weights)])
 
 

@@ -23,7 +23,7 @@ CAPTIONS = [
 
 
 def colorful(images: Tensor, prompts: list[str]) -> Tensor:
-    """How far the channels of the pixels are apart: 0 for gray images. images [B, 3, H, W] in [0, 1] -> [B]"""
+    """How far apart the channels of a pixel are: 0 for gray images. images [B, 3, H, W] in [0, 1] -> [B]"""
     return images.std(1).mean((1, 2))
 
 

@@ -22,9 +22,9 @@ from typing import Any
 SHARDS_STAY = "Finished shards are kept; run the same command again to continue."
 """The consequence of a full disk for work that is done in shards."""
 READ_WITH_WEIGHTS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-"""Configs and vocabularies next to safetensors."""
+"""Extensions of configs and vocabularies next to safetensors."""
 REMEMBERED = 4 * 2**20
-"""Bytes from which the hash of a file is kept in ~/.cache/gdmd/hashes."""
+"""File size, in bytes, from which the hash is kept in ~/.cache/gdmd/hashes."""
 
 
 class RunError(ValueError):
@@ -60,7 +60,7 @@ _ADVICE = {
 def writing(what: str, path: Path, consequence: str = "", option: str = "--run") -> Iterator[None]:
     """Turn a full disk or unwritable folder met while writing ``path`` into one clear RunError.
 
-    ``option``: the option that names the folder. The errors of safetensors have the system's in their message.
+    ``option``: the option that names the folder. Errors of safetensors contain the system's error as text.
     """
     try:
         yield
@@ -292,7 +292,7 @@ def weight_variant(name: str) -> str | None:
 
 
 def _remembered_hash(path: Path) -> str:
-    """``file_hash``, remembered between programs for large files."""
+    """``file_hash``, remembered between processes for large files."""
     with reading(path):
         before = path.stat()
     if before.st_size < REMEMBERED:

@@ -31,7 +31,7 @@ def load_student(
 ) -> DiffusionPipeline:
     """A diffusers pipeline whose call samples the student: ``load_student(FOLDER)("a red cube").images[0]``.
 
-    From a run (the EMA student of its newest checkpoint), a folder written by ``gdmd export``, or the hub id of one.
+    It loads a run (the EMA student of its newest checkpoint), a folder of ``gdmd export``, or the hub id of one.
     Steps, image size and guidance of the training are the defaults of the call. ``base``: the base model, if it has
     moved. ``dtype``: fp32, bf16 or fp16, or a torch dtype; default: that of the training. ``device``: default: a GPU if
     there is one. ValueError for a run of the Shapes world, a missing or different base, and a device that torch lacks here;
@@ -112,7 +112,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _name(dtype: str | torch.dtype | None) -> str | None:
-    """The name of a dtype in configs. ValueError for another one."""
+    """The name of a dtype in configs. ValueError for an unsupported dtype."""
     if dtype is None:
         return None
     from gdmd.diffusion.device import DTYPES

@@ -52,14 +52,14 @@ class DistillationTrainer:
             model's family. Default: tilted GDMD.
         reward_funcs: Rewards of ``gdmd.rewards``, and functions (images, prompts, **columns) -> one number, or None, per
             image. Default: the rewards of the recipe.
-        train_dataset: The prompts: a file, a list of texts or dicts, or a ``datasets.Dataset`` with a "prompt" column. Its
-            other columns are given to reward functions, except "teacher_prompt", which only the teacher reads. Default: the
-            Shapes captions; any other model needs prompts.
+        train_dataset: The prompts: a file, a list of strings or dicts, or a ``datasets.Dataset`` with a "prompt"
+            column. Its other columns are given to reward functions, except "teacher_prompt", which only the teacher
+            reads. Default: the Shapes captions; any other model needs prompts.
         args: Length, learning rate, batch, output folder, and any other field of the recipe.
         callbacks: ``TrainerCallback`` objects.
 
     Raises:
-        ValueError: With the messages of the command line. ConfigError: the arguments; RunError: a folder.
+        ValueError: With the messages of the command line: ConfigError for the arguments, RunError for a folder.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class DistillationTrainer:
             raise ConfigError(
                 [
                     "resume_from_checkpoint: got True without args.output_dir, and each run then gets a new folder, so that "
-                    "none is ever continued: set output_dir"
+                    "no run is ever continued: set output_dir"
                 ]
             )
         self._trained = None  # frees its networks
@@ -127,7 +127,7 @@ class DistillationTrainer:
                 self._trained = resume_training(self.output_dir, self.config, settings)
             else:
                 self._trained = create_run(self.config, self.output_dir, sys.argv, settings)
-        self.output_dir = self._trained.run  # of rank 0, where the ranks have each thought of a new one
+        self.output_dir = self._trained.run  # rank 0's: each rank may have chosen another new folder
         return self._trained
 
     @property
@@ -147,8 +147,8 @@ class DistillationTrainer:
     def save_lora(self, folder: str | Path) -> list[Path]:
         """Write the student as a LoRA for diffusers and ComfyUI, with its scheduler and model card; returns the files.
 
-        Of several ranks rank 0 writes, and the others return no files. ValueError for a pipeline that was not loaded from a
-        folder or hub id: a LoRA has to name its base model.
+        With several ranks, rank 0 writes, and the others return no files. ValueError for a pipeline that was not loaded
+        from a folder or hub id: a LoRA has to name its base model.
         """
         return self._export(Path(folder)) if rank_info().is_main else []
 
@@ -164,7 +164,7 @@ class DistillationTrainer:
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Export the student (a LoRA, or the whole pipeline of a full student), upload it, and return its URL.
 
-        Of several ranks rank 0 does so, and the others return "".
+        With several ranks, rank 0 does so, and the others return "".
         """
         from gdmd.export.upload import check_hub_target, push_to_hub
 

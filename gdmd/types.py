@@ -64,7 +64,7 @@ class FeatureDenoiser(Denoiser, Protocol):
     """A denoiser with features for a GAN head (DMD2, arXiv 2405.14867)."""
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Hidden states of the image tokens, [B, N, D]: of a transformer after its last block, of a UNet its middle."""
+        """Hidden states of the image tokens, [B, N, D]: after a transformer's last block, or a UNet's middle block."""
         ...
 
     def feature_grid(self, x_t: Tensor) -> tuple[int, int]:
@@ -235,7 +235,7 @@ class PromptBatch:
     ranks: the processes that share the global batch, of which this is the part of one rank.
     columns: names of the metadata of all prompts of the run, of which the rows of a batch may lack some.
     teacher_cond: what the real score reads in place of ``cond``; None without teacher prompts.
-    others: i >= 1 -> other prompts for the same samples, drawn as these are; None for prompts that no stream drew.
+    others: i >= 1 -> other prompts for the same samples, drawn in the same way; None for prompts that no stream drew.
     """
 
     index: Tensor  # [B] int64

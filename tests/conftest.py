@@ -1,6 +1,6 @@
 """Every test runs on one thread and from the same seeds, so that it neither fights for cores nor depends on order.
 
-None reaches for a model hub.
+No test connects to a model hub.
 """
 
 import gc
@@ -26,7 +26,7 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.register_profile("fuzz", max_examples=1000, deadline=None, database=None, print_blob=True)  # make fuzz
 settings.load_profile("repeatable")
 
-gc.disable()  # while hundreds of modules are imported, nothing of which is garbage
+gc.disable()  # while hundreds of modules are imported, which leave no garbage
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -44,7 +44,7 @@ def _same_seeds() -> None:
 
 @pytest.fixture
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For processes that survive, so that nothing depends on fsync; on a slow disk it takes most of the time."""
+    """Skip fsync, which processes that are not killed do not need; on a slow disk it takes most of the time."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 

@@ -1,4 +1,4 @@
-"""What ``load_student`` says about folders that hold no student for diffusers."""
+"""What ``load_student`` says about folders that contain no student for diffusers."""
 
 from __future__ import annotations
 

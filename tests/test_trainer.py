@@ -73,7 +73,7 @@ def test_method_of_the_family_preset(tmp_path: Path) -> None:
     assert DistillationTrainer("shapes", DMD2Config()).config.name == "dmd2"
 
 
-def test_all_mistakes_are_listed_with_the_command_lines_words(tmp_path: Path) -> None:
+def test_all_mistakes_are_listed_in_the_words_of_the_command_line(tmp_path: Path) -> None:
     args = Args(overrides={"loop.stepz": 3, "method.gamma": -1})
     with pytest.raises(ConfigError) as error:
         DistillationTrainer("shapes", args=args)
@@ -123,7 +123,7 @@ def test_all_mistakes_are_listed_with_the_command_lines_words(tmp_path: Path) ->
 
 
 def test_arguments_reach_the_recipe_as_they_are(tmp_path: Path) -> None:
-    """Texts with emoji and quotes, paths, and configs of rewards and methods."""
+    """These are strings with emoji and quotes, paths, and configs of rewards and methods."""
     texts = ("a \U0001f600 face", 'it\'s "a: b" # c')
     overrides = {
         "real_data": None,
@@ -138,7 +138,7 @@ def test_arguments_reach_the_recipe_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_section_as_a_dict_is_refused() -> None:
-    """It reset the recipe's batch, learning rates and other fields of the section, and max_steps."""
+    """It would reset the recipe's batch size, learning rates and other fields of the section, and max_steps."""
     args = Args(max_steps=7, overrides={"loop": {"clip": 0.5}})
     message = r"overrides: loop: got .'clip': 0.5.: this would reset .*give each field by its path, such as .loop.clip"
     with pytest.raises(ConfigError, match=message):
@@ -218,7 +218,7 @@ def repaired(images: Any, prompts: list[str]) -> Any:
 
 
 def test_resume_without_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It started a new run each time. The run of the same trainer is known."""
+    """It would start a new run each time. A second call of the same trainer knows its run."""
     monkeypatch.chdir(tmp_path)
     trainer = DistillationTrainer("shapes", None, red, CAPTIONS, Args(max_steps=1, overrides=TINY))
     with pytest.raises(ConfigError, match="got True without args.output_dir.*set output_dir"):
@@ -229,7 +229,7 @@ def test_resume_without_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_only_rank_0_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script under torchrun calls these on every rank, which wrote the same files at the same time."""
+    """A script under torchrun calls these on every rank; all ranks would write the same files at the same time."""
     trainer = DistillationTrainer("shapes:sdxl", None, ["shapes_clip"], CAPTIONS, tiny(tmp_path / "run", 1))
     trainer.train()
     ranks = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -243,7 +243,7 @@ def test_only_rank_0_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_repaired_reward_function_is_accepted_from_python(tmp_path: Path) -> None:
-    """The command line cannot continue a run with a Python object, so the errors name what the trainer takes."""
+    """The command line cannot continue a run with a Python object, so the errors name the arguments of the trainer."""
     with pytest.raises(
         ValueError, match=r"train\(resume_from_checkpoint=True\) \(add accept_changes=True if you change"
     ):
@@ -260,7 +260,7 @@ def test_a_repaired_reward_function_is_accepted_from_python(tmp_path: Path) -> N
 
 
 def test_resume_from_a_path_is_refused(tmp_path: Path) -> None:
-    """transformers takes a checkpoint's path there; it was taken for True."""
+    """transformers accepts a checkpoint's path there; here it would count as True."""
     trainer = DistillationTrainer("shapes", None, red, CAPTIONS, tiny(tmp_path / "run", 1))
     with pytest.raises(
         ValueError, match="resume_from_checkpoint: got 'run/checkpoints/step_000001', but a run continues"
@@ -305,7 +305,7 @@ def test_open_pipeline(tmp_path: Path) -> None:
 
 
 def test_open_pipeline_with_a_lora_that_is_not_fused_is_refused(tmp_path: Path) -> None:
-    """Only one adapter is active at a time, so that the run had another teacher than the pipeline that was given."""
+    """Only one adapter is active at a time, so the teacher would differ from the pipeline that was given."""
     pipe = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
     pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]), "style")
     trainer = DistillationTrainer(pipe, None, ["shapes_clip"], CAPTIONS, tiny(tmp_path / "run", 1))
@@ -329,7 +329,7 @@ def test_open_pipeline_with_a_compiled_network_is_refused(tmp_path: Path) -> Non
 
 
 def test_open_pipeline_of_another_training(tmp_path: Path) -> None:
-    """Its adapters are taken out: an interrupted run is tried again in one process, also with given layers."""
+    """The adapters of the earlier training are removed, as when a run is tried again in one process."""
     pipe = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
     for run in ("first", "second"):
         args = tiny(tmp_path / run, 1, lora_target_modules=("to_q", "to_v"))
@@ -346,7 +346,7 @@ class Stop(TrainerCallback):
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
-    """A second one would mix its rows with those of the first, also before the first checkpoint."""
+    """A second process would mix its rows with those of the first; it is refused even before the first checkpoint."""
     run, command = tmp_path / "run", [sys.executable, "-m", "gdmd", "train"]
     fast = [f"{key}={value}" for key, value in TINY.items() if not key.startswith("method")]
 

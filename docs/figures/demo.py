@@ -18,7 +18,7 @@ OUT = Path(__file__).parents[1] / "img" / "demo.png"
 COLUMNS = (("teacher", "teacher, 100 calls"), ("dmd", "DMD, 4 calls"), ("gdmd", "GDMD, 4 calls"))
 IMAGES = 3
 GAP = 0.35
-"""Between two models, in widths of an image."""
+"""Gap between two models, in image widths."""
 
 
 def sample(run: Path, out: Path) -> None:

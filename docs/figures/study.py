@@ -41,7 +41,7 @@ READY = "return !document.querySelector('#screen').hidden && document.querySelec
 
 
 class NoText:
-    """The scorers read the captions themselves."""
+    """A text encoder that encodes nothing: the scorers read the captions themselves."""
 
     def encode(self, texts: object) -> dict[str, torch.Tensor]:
         return {"none": torch.zeros(1)}
@@ -69,7 +69,7 @@ def answer(gain: float, trial: Trial, rng: random.Random) -> str:
 
 
 def vote(plan: Plan, study: Path) -> None:
-    """Every answer of every rater but the first one's last screens."""
+    """Store all answers of all raters, except those on the first rater's last screens."""
     known, rng, store = scores(plan, study), random.Random(5), Store(study / VOTES)
     for number, rater in enumerate(plan.raters):
         store.consent(number, hashlib.sha256(plan.consent.encode()).hexdigest())

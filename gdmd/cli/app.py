@@ -122,7 +122,7 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program and exit. Mistakes of the user are one message on stderr, without a traceback."""
+    """Run the program and exit. A user's mistake is reported on stderr, without a traceback."""
     for name in FILTERED_LOGGERS:
         logging.getLogger(name).addFilter(_should_log)
     ours = logging.getLogger("gdmd")
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _expand_home(argument: str) -> str:
-    """Expand ~/FOLDER and --option=~/FOLDER: shells do not expand the second, notebooks neither."""
+    """Expand ~/FOLDER and --option=~/FOLDER: shells do not expand the second, notebooks expand neither."""
     found = re.fullmatch(r"(--[\w-]+=)?(~/.*)", argument, re.DOTALL)
     return (found[1] or "") + os.path.expanduser(found[2]) if found else argument
 

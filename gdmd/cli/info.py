@@ -162,8 +162,8 @@ def pretrain_command(
     A pipeline is a folder in diffusers' format, trained on Shapes captions in less than an hour. Use it as a base model:
     `gdmd train shapes_sd3 model.path=pretrained/shapes_sd3`.
 
-    A student is the EMA student and the fake score of a run in one small file, as the shipped shapes:dmd. Start from it with
-    loop.start_from=pretrained/shapes_dmd.safetensors.
+    A student is the EMA student and the fake score of a run in one small file, like the shipped shapes:dmd. Start from
+    it with loop.start_from=pretrained/shapes_dmd.safetensors.
 
     \b
     Examples:

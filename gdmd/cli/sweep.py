@@ -39,7 +39,7 @@ def sweep_command(
     """Train and evaluate methods x seeds x budgets, and write tables and figures that compare them.
 
     The same command continues a sweep that was stopped or killed; finished runs are not repeated. Each finished run adds
-    a line to OUT/table.jsonl; OUT/shapes.md is the page (OUT/NAME.md of a sweep over diffusers pipelines).
+    a line to OUT/table.jsonl; OUT/shapes.md is the page (OUT/NAME.md for a sweep over diffusers pipelines).
 
     \b
     Examples:

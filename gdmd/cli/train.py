@@ -234,9 +234,9 @@ def demo_command(
 ) -> None:
     """Distill two 4-step students on the Shapes world, DMD and GDMD, and compare them with their teacher.
 
-    Both continue a DMD student that ships with the package (shapes:dmd, 4,000 updates), with equally many updates. Every
-    row of the table is measured here: about 5 minutes on two cores. The same command with the same --run continues an
-    interrupted demo.
+    Both continue a DMD student that ships with the package (shapes:dmd, 4,000 updates), for the same number of updates.
+    Every row of the table is measured here: about 5 minutes on two cores. The same command with the same --run
+    continues an interrupted demo.
 
     \b
     Examples:

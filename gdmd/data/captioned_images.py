@@ -4,7 +4,7 @@ Folder: metadata.jsonl or metadata.csv with file_name and text (Hugging Face's i
 subfolders, next to its caption. Tar: see ``webdataset``. The caption is the .txt, else the .caption, else the .json file; in
 JSON and in tables it is under text, caption or prompt. Hidden files are not read.
 
-`datasets` skips formats that it does not know, reads hidden colors under transparency, and 16-bit images as white.
+`datasets` skips formats that it does not know, shows the colors of transparent pixels, and clips 16-bit images.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def captioned_images(source: Path) -> Iterator[Captioned | Unusable]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files in a folder and its subfolders in a fixed order, through links, without hidden names."""
+    """All files in a folder and its subfolders in a fixed order: links are followed, hidden names are left out."""
     found: list[Path] = []
     for path, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(path) in {os.path.realpath(parent) for parent in Path(path).parents}:
@@ -161,7 +161,7 @@ def _table(meta: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         rows = csv.DictReader(io.StringIO(meta.read_text(encoding="utf-8-sig"), newline=""), strict=True)
         for row in rows:
-            if any(cell.strip() for cell in row.get(None) or ()):  # where DictReader puts further cells
+            if any(cell.strip() for cell in row.get(None) or ()):  # where DictReader puts extra cells
                 raise ValueError(
                     f"{meta}, line {rows.line_num}: more cells than columns; quote a caption that contains a comma"
                 )
@@ -175,7 +175,7 @@ def _row(folder: Path, where: str, row: dict[str, Any]) -> Captioned | Unusable:
     if not isinstance(name, str) or text is None:
         raise ValueError(f'{where}: expected "file_name" and "text" (or "caption", "prompt"); fix the line')
     file = folder / name
-    if not os.path.isfile(file):  # Path.is_file raises for too long names and null characters
+    if not os.path.isfile(file):  # Path.is_file raises for long names and null characters
         return Unusable(name[:200], "is not a file in the folder")
     if not file.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{where}: {name[:100]!r} is outside the folder; copy the image into it")
@@ -190,7 +190,7 @@ def _row(folder: Path, where: str, row: dict[str, Any]) -> Captioned | Unusable:
 
 
 def _archive(path: Path) -> Iterator[Captioned | Unusable]:
-    """Entries whose members follow each other, as WebDataset writes them, so that one is in memory at a time."""
+    """The images of a tar. An entry's members are adjacent, as WebDataset writes them, so one entry is in memory."""
     limits = dict.fromkeys(ENDINGS, MAX_IMAGE_BYTES) | dict.fromkeys(TEXTS, MAX_MEMBER_BYTES)
     name, parts = "", dict[str, bytes]()
     for member in members(path, "real_data.source", limits):
@@ -198,7 +198,7 @@ def _archive(path: Path) -> Iterator[Captioned | Unusable]:
             yield from _entry(path, name, parts)
             name, parts = member.entry, {}
         if member.kind in parts:
-            raise ValueError(f"real_data.source {str(path)!r}, member {member.name!r}: comes twice in its entry")
+            raise ValueError(f"real_data.source {str(path)!r}, member {member.name!r}: appears twice in its entry")
         parts[member.kind] = member.content
     yield from _entry(path, name, parts)
 
@@ -213,6 +213,6 @@ def _entry(path: Path, key: str, parts: Mapping[str, bytes]) -> Iterator[Caption
     if caption is None:
         yield Unusable(name, "has no caption (.txt, .caption or .json)")
     elif len(parts[ending]) > MAX_IMAGE_BYTES or len(parts[caption]) > MAX_MEMBER_BYTES:
-        yield Unusable(name, f"more than {MAX_IMAGE_BYTES} bytes of image, or {MAX_MEMBER_BYTES} of caption")
+        yield Unusable(name, f"has more than {MAX_IMAGE_BYTES} bytes of image, or {MAX_MEMBER_BYTES} of caption")
     else:
         yield _captioned_or_unusable(name, parts[caption], caption, parts[ending])

@@ -31,7 +31,7 @@ _BROKEN = (
     struct.error,
     zlib.error,
 )
-"""Exceptions of Pillow for damaged files."""
+"""Exceptions that Pillow raises for damaged files."""
 _log = logging.getLogger(__name__)
 _noted: set[str] = set()
 
@@ -82,7 +82,7 @@ def _wide(image: Image) -> bool:
 
 
 def to_rgb(image: Image, name: str = "an image") -> Image:
-    """Any mode of Pillow to 8-bit RGB: transparent parts on white, wider channels scaled. ValueError for odd values."""
+    """Any Pillow mode to 8-bit RGB: transparent parts on white, wider channels scaled. ValueError as in ``_white``."""
     from PIL import Image as pillow
 
     if _wide(image):
@@ -110,7 +110,7 @@ def _eight_bits(image: Image, name: str) -> Image:
 
 
 def _white(low: float, high: float, mode: str, name: str) -> float:
-    """The value of white. Integers: 16 bits. Floats: the smallest usual range that fits."""
+    """The value of white: 65535 for integers, the top of the smallest usual range for floats; else a ValueError."""
     ranges = (1.0, 255.0, 65535.0) if mode == "F" else (65535.0,)
     top = next((top for top in ranges if low >= 0 and high <= top), None)
     if top is None:

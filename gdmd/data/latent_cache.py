@@ -29,7 +29,7 @@ BATCH = 4
 """Images per call of the codec, which splits them by model.decode_chunk."""
 INDEX = "index.json"
 SHOWN = 5
-"""Examples in an error."""
+"""Largest number of examples in an error."""
 AGAIN = "run `gdmd latents` with this recipe and its overrides"
 _log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class LatentStore:
         write_atomic(self.folder / INDEX, json.dumps(content), "the latents", "real_data.latents")
 
     def open(self) -> StoredLatents:
-        """The complete store. ValueError with the command to run if it is missing, damaged or of other images."""
+        """The complete store. ValueError with the command to run if it is missing, damaged or has other images."""
         index = self._index()
         if index is None:
             raise ValueError(f"real_data.latents {str(self.root)!r}: no complete latents of {self.what}; {AGAIN}")
@@ -210,7 +210,7 @@ class StoredLatents:
     """RealLatents from disk: a random image of each prompt's caption, a function of (seed, step, sample) only."""
 
     def __init__(self, images: Sequence[tuple[str, str]], shards: Shards) -> None:
-        """images: (key, caption) of each."""
+        """images: (key, caption) of each image."""
         self._shards = shards
         self._images: dict[str, list[str]] = {}
         for key, caption in images:
@@ -251,7 +251,7 @@ def _refuse_many(unusable: Sequence[Unusable], most: int) -> None:
 
 def _named(unusable: Sequence[Unusable]) -> str:
     shown = "; ".join(f"{found.name!r} {found.why}" for found in unusable[-SHOWN:])
-    return f"Of {len(unusable)}: {shown}" if unusable else "No images were found"
+    return f"Unusable: {len(unusable)}, such as {shown}" if unusable else "No images were found"
 
 
 def _tars_in(source: Sequence[str]) -> str:

@@ -35,7 +35,7 @@ from gdmd.io import content_hash
 LONGEST_PROMPT = 4000
 """Characters. A longer line is a malformed file (a missing newline), not a prompt."""
 MAX_MEMBER_BYTES = 1 << 20
-"""Of a text member of a tar, which is one prompt with its metadata."""
+"""Largest text member of a tar, which is one prompt with its metadata."""
 TEXTS = ("txt", "caption", "json")
 """Members of a tar, or files next to an image, that contain the prompt; the first that exists counts."""
 COLUMNS = (("prompt", "prompts"), ("caption", "captions", "text", "texts"))
@@ -72,7 +72,7 @@ def without_teacher(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file or a Python object in order. ValueError for a teacher prompt that is not a text.
+    """The prompts of a file or a Python object in order. ValueError for a teacher prompt that is not a string.
 
     source: what they were read from, for messages: "prompt file a.txt". column: their column in a table. blank: number of
     skipped lines.
@@ -110,7 +110,7 @@ class PromptFile:
         return content_hash(*(json.dumps(row, sort_keys=True, default=_stable) for row in rows))
 
     def note(self) -> str:
-        """For the user: the chosen column, skipped lines, repeated prompts, teacher prompts; "" if there are none."""
+        """A note for the user on the column, skipped lines, repeated prompts and teacher prompts; "" without them."""
         repeated = len(self.prompts) - len(set(self.texts))
         taught = sum(teacher_prompt(prompt.meta or {}, prompt.text) != prompt.text for prompt in self.prompts)
         unused = not taught and any(TEACHER_PROMPT in (prompt.meta or {}) for prompt in self.prompts)
@@ -130,7 +130,7 @@ def prompts_in(path: Path, column: str | None = None) -> PromptFile:
 
     ValueError for an unknown extension, a malformed row, or a file without prompts.
     """
-    if not os.path.isfile(path):  # Path.is_file raises for too long names and null characters
+    if not os.path.isfile(path):  # Path.is_file raises for long names and null characters
         reason = "it is a folder" if os.path.isdir(path) else "no such file"
         raise ValueError(f"prompt file {path}: cannot be read ({reason}); check the path")
     read = _READERS.get(path.suffix.lower())
@@ -145,7 +145,7 @@ def prompts_in(path: Path, column: str | None = None) -> PromptFile:
 
 
 def _stable(value: Any) -> str:
-    """A value that JSON has no type for, as a text that is the same in every process: a hash of images and arrays."""
+    """A value that JSON has no type for, as a string that every process gives it; images and arrays are hashed."""
     if hasattr(value, "detach"):  # a tensor
         value = value.detach().cpu().float().numpy()
     if hasattr(value, "tobytes"):
@@ -162,7 +162,7 @@ def _label(path: Path) -> str:
 
 
 def prompts_in_rows(source: str, rows: Sequence[Any]) -> PromptFile:
-    """The prompts of Python objects: texts, or mappings with a prompt column as in tables. Blank ones are skipped.
+    """The prompts of Python objects: strings, or mappings with a prompt column as in tables. Blank ones are skipped.
 
     source: their name in errors, which also say the index. ValueError as for files.
     """
@@ -177,7 +177,7 @@ def prompts_in_rows(source: str, rows: Sequence[Any]) -> PromptFile:
 
 
 def _named_columns(row: Mapping[Any, Any]) -> dict[str, Any]:
-    """A row whose columns have texts as names: a table may number them, and rewards get them as keyword arguments."""
+    """A row with strings as column names: a table may number its columns, and rewards get them as keyword arguments."""
     return {str(name): value for name, value in row.items()}
 
 
@@ -235,7 +235,7 @@ def _json_array(path: Path, column: str | None) -> PromptFile:
 
 
 def _table(path: Path, column: str | None, delimiters: str) -> PromptFile:
-    """A header and rows of cells; rows without text count as blank lines. The first delimiter in the header is used."""
+    """A header and rows of cells; rows without text count as blank lines. The header determines the delimiter."""
     text = _decoded(path)
     head = text.lstrip().partition("\n")[0]
     cells = _cells(path, text, next((sign for sign in delimiters if sign in head), delimiters[0]))
@@ -363,7 +363,7 @@ def _object(source: str, where: str, row: Mapping[str, Any], key: str) -> Prompt
     text = row.get(key)
     if not isinstance(text, str):
         got = json.dumps(text, ensure_ascii=False, default=str)[:60] if key in row else f"only {_shown(list(row))}"
-        raise ValueError(f"{source}, {where}: {key!r} must be a text, got {got}; add a prompt or remove the row")
+        raise ValueError(f"{source}, {where}: {key!r} must be a string, got {got}; add a prompt or remove the row")
     prompt = _checked(source, where, text)
     other = {name: value for name, value in row.items() if name != key or name == "prompt"}
     return Prompt(prompt, where, ({} if "prompt" in other else {"prompt": prompt}) | other | {"prompt": prompt})
@@ -377,8 +377,8 @@ def _check_teacher(source: str, prompt: Prompt) -> None:
     if not isinstance(given, str):
         shown = json.dumps(given, ensure_ascii=False, default=str)[:60]
         raise ValueError(
-            f"{source}, {prompt.where}: {TEACHER_PROMPT!r} must be a text, got {shown}; leave it empty where the teacher "
-            "reads the prompt"
+            f"{source}, {prompt.where}: {TEACHER_PROMPT!r} must be a string, got {shown}; leave it empty where the "
+            "teacher reads the prompt"
         )
     _checked(source, f"{prompt.where}, {TEACHER_PROMPT}", given)
 
@@ -390,7 +390,7 @@ def _lines(path: Path) -> list[tuple[str, str]]:
 
 
 def _decoded(path: Path) -> str:
-    """The file's text with "\n" line ends."""
+    """The file's text with "\n" line endings."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -425,7 +425,7 @@ def _json(path: Path, where: str, text: str) -> Any:
         raise ValueError(
             f"prompt file {path}, {where}: not JSON ({error.msg} at {place} {error.colno}){hint}"
         ) from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, very deep nesting
+    except (ValueError, RecursionError) as error:  # numbers with thousands of digits, very deep nesting
         raise ValueError(f"prompt file {path}, {where}: cannot be read as JSON ({error})") from error
 
 
@@ -438,7 +438,7 @@ def _archive(path: Path, column: str | None) -> PromptFile:
         if member.size > MAX_MEMBER_BYTES:
             raise ValueError(f"prompt file {path}, {where}: {member.size} bytes; at most {MAX_MEMBER_BYTES}")
         if member.kind in texts:
-            raise ValueError(f"prompt file {path}, {where}: comes twice; every entry needs its own name")
+            raise ValueError(f"prompt file {path}, {where}: appears twice; every entry needs its own name")
         try:
             texts[member.kind] = member.content.decode("utf-8-sig")
         except UnicodeDecodeError as error:

@@ -32,10 +32,10 @@ def read_prompts(given: str | Path, column: str | None = None) -> PromptFile:
 
 
 def prompts_from(dataset: Any) -> PromptFile:
-    """The prompts of a file, a list of texts or of rows, a ``datasets.Dataset`` or a pandas.DataFrame, in order.
+    """The prompts of a file, a list of strings or of rows, a ``datasets.Dataset`` or a pandas.DataFrame, in order.
 
-    Of rows the column prompt is read, else caption or text; other columns but teacher_prompt are metadata for the
-    rewards. All rows are read into memory. ValueError for anything else, such as a stream, and for a malformed row.
+    Of a row, the column prompt is read, else caption or text; its other columns, except teacher_prompt, are metadata
+    for the rewards. All rows are read into memory. ValueError for anything else, such as a stream, or a malformed row.
     """
     if isinstance(dataset, str | Path):
         return read_prompts(dataset)
@@ -65,8 +65,8 @@ class PromptStream:
     """Batches of prompts drawn from a list, uniformly over its groups (tasks), then over the members of a group.
 
     ``group``: samples per prompt. Sample i has prompt i // group, which is also its group id; the prompts are the first
-    ones of a batch with one sample each. ``rows``: the row of each prompt, laid out as ``groups``: metadata for the rewards,
-    and a teacher_prompt, which only the real score reads.
+    ones of a batch with one sample per prompt. ``rows``: the row of each prompt, laid out as ``groups``: metadata for
+    the rewards, and a teacher_prompt, which only the real score reads.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from torch import Tensor
 from gdmd.io import follow_umask, replaced
 
 SHARD = 64
-"""Rows per shard: the work that an interruption loses at most."""
+"""Rows per shard: the most work that an interruption can lose."""
 CHECKSUMS = "crc32"
 """Header field. Shards of earlier versions have none; their rows are not verified."""
 

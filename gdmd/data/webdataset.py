@@ -65,7 +65,7 @@ def _read(archive: tarfile.TarFile, info: tarfile.TarInfo, most: int) -> bytes:
 
 
 def _check_end(path: Path, offset: int) -> None:
-    """ReadError without the block of zeros that ends a tar, and for anything but zeros after it.
+    """ReadError if the block of zeros that ends a tar is missing, or if anything but zeros follows it.
 
     tarfile stops silently at a damaged header, at the end, and at the end of the first of several tars in one file.
     """

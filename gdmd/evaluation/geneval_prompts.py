@@ -1,6 +1,6 @@
-"""Random prompts of GenEval's six tasks, for training and for testing on other prompts than the official 553.
+"""Random prompts of GenEval's six tasks, for training and for testing on prompts other than the official 553.
 
-The same grammar and metadata format (arXiv 2310.11513, table 1). Plurals are English ("three sheep"), persons get no
+The same grammar and metadata format (arXiv 2310.11513, table 1). Plurals are English ("three sheep"), people get no
 color, and the two objects of a prompt and their colors differ. No two prompts ask for the same image: "a dog and a cat"
 is "a cat and a dog", and "a dog left of a cat" is "a cat right of a dog".
 """
@@ -24,9 +24,9 @@ _PLURALS = {
 
 
 def draw_tasks(per_task: int, seed: int, without: Collection[Task] = ()) -> tuple[Task, ...]:
-    """``per_task`` prompts of every task (at most the 80 single objects) that ask for nothing that ``without`` asks for.
+    """``per_task`` prompts of every task (at most 80 of single objects) that ask for no image ``without`` asks for.
 
-    ValueError if a task has fewer prompts.
+    ValueError if another task has fewer prompts.
     """
     taken, drawn = set(map(_asked, without)), list[Task]()
     for tag in TASKS:

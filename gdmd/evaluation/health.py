@@ -20,7 +20,7 @@ from gdmd.training.displacement import HEALTHY, MOVED, STUCK
 Status = Literal["ok", "look", "bad", "unknown"]
 WINDOWS = 5
 FEW = 10
-"""Logged rows below which nothing is judged."""
+"""Fewest logged rows for which a panel is judged."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def summary(panels: Sequence[Panel]) -> str:
 
 
 def training_curves(metrics: Metrics) -> list[tuple[str, str]]:
-    """(title, SVG) of losses, rewards of sample and target (by model and, of several, in all), weights and speed."""
+    """(title, SVG) of losses, rewards of sample and target (by model, and over all of several), weights and speed."""
     names = reward_names(metrics)
     together = {"reward/sample": "sample", "reward/target": "implicit target"}
     drawn = [
@@ -149,7 +149,7 @@ def _end(metrics: Metrics, key: str) -> float:
 
 
 def _within(value: float, ok: float, look: float) -> Status:
-    """Below ``ok``, below ``look``, or above both. NaN: unknown."""
+    """Status "ok" up to ``ok``, "look" up to ``look``, else "bad"; "unknown" for NaN."""
     return "unknown" if math.isnan(value) else "ok" if value <= ok else "look" if value <= look else "bad"
 
 
@@ -171,7 +171,7 @@ def _latents(metrics: Metrics) -> tuple[Status, str]:
     scored = _end(metrics, "latent/scored_std")
     if math.isfinite(scored):
         status = _worst(status, _within(scored / std, 1.5, 2.5))
-        text += f" What the rewards score has {scored / std:.2f} times that std."
+        text += f" The scored latents have {scored / std:.2f} times that std."
     return status, text
 
 
@@ -272,7 +272,7 @@ _GAINS = _Watched(
     {},
     "ok: the mean realized gain of the run is not below 0 by more than two standard errors. bad: by more than four: the "
     "updates lower the rewards that train the student; lower its learning rate, or look at the fake score. look: between. "
-    "The construction gain is not judged: a whole one-step target overshoots, so that it is often negative where the "
+    "The construction gain is not judged: a whole one-step target overshoots, so it is often negative even where the "
     "updates, which go a small part of the way, gain. Z is the running std of a reward.",
     _two_gains,
 )

@@ -33,7 +33,7 @@ LARGEST = 320
 """Pixels of the longer side in the gallery; the originals stay in their folders."""
 SHAPESEVAL = "ShapesEval"
 MOST = 3
-"""Models besides the first whose numbers are in the verdict; the plots show those of more."""
+"""With more later models than this, the verdict shows no numbers; the plots do."""
 Row = Mapping[str, Any]
 Rows = Mapping[str, Row]
 
@@ -93,7 +93,7 @@ def verdict(rows: Rows) -> Verdict:
 
 
 def differences(rows: Rows, name: str) -> dict[str, Estimate]:
-    """A model minus the first one by score, ShapesEval first if the images were checked.
+    """A model minus the first one, score by score; ShapesEval comes first if the images were checked.
 
     No interval below FEW prompts with a score: OCR, for example, leaves out those that quote no text.
     """
@@ -202,7 +202,7 @@ def difference_lines(rows: Rows) -> list[TableRow]:
 
 
 def image_uri(file: Path) -> str:
-    """A data URI of at most LARGEST pixels a side, a small image enlarged to squares; PNG, whatever the file is."""
+    """A data URI of at most LARGEST pixels a side, a small image enlarged by whole pixels; always a PNG."""
     from PIL import Image
 
     image = read_image(file)

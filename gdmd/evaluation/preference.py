@@ -117,7 +117,7 @@ def score(
 ) -> dict[str, Scores]:
     """Score the images that a scorer has not scored yet. Scores by label and (prompt, image).
 
-    Prompts of the same text are one prompt with more images, because intervals draw whole prompts again. A stored score
+    Prompts of the same text are one prompt with more images, because intervals resample whole prompts. A stored score
     is reused for the same image content, prompt (with its metadata if the scorer reads it) and scorer.
     """
     known = _known_scores(folder / SCORES)
@@ -183,7 +183,7 @@ def _trained(label: str, trained: Sequence[str] | None) -> bool | None:
 
 
 def write_summary(folder: Path, content: Mapping[str, Any]) -> Path:
-    """DIR/preference.json"""
+    """Write DIR/preference.json; returns its path."""
     write_atomic(folder / SUMMARY, json.dumps(content, indent=2) + "\n", "the scores")
     return folder / SUMMARY
 

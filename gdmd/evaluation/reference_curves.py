@@ -1,7 +1,8 @@
-"""Statistics without units over a run, and those of healthy runs to compare them with.
+"""Dimensionless statistics over a run, and those of healthy runs to compare them with.
 
 Each is a ratio, so that runs of different models can be compared: neither the scale of the latents nor the units of the
-rewards enter. Losses, gaps and rewards themselves are not comparable. A ratio still depends on the method and its options.
+rewards matter. Losses, gaps and rewards themselves are not comparable. A ratio still depends on the method and its
+options.
 ``tools/reference_curves.py`` makes reference_curves.json, next to this file, from run folders.
 """
 
@@ -22,7 +23,7 @@ FILE = Path(__file__).with_suffix(".json")
 POINTS = 20
 """Parts of a run; a point of a curve is the ratio of the means over one part."""
 TARGETS = "number of targets"
-"""In place of a key: eta K of tilted GDMD."""
+"""Stands in for a key: the eta K targets of tilted GDMD."""
 Curve = Sequence[tuple[float, float]]
 """(share of the run, value)"""
 
@@ -43,7 +44,7 @@ RATIOS = (
         "",
         "R(target) - R(sample); Z is the running std of a reward.",
     ),
-    Ratio("Realized gain, in units of Z", "gain/realized", "", "What the student has of it after the updates."),
+    Ratio("Realized gain, in units of Z", "gain/realized", "", "How much of it the student has after the updates."),
     Ratio(
         "Effective number of targets, of all",
         "weight/effective",
@@ -98,7 +99,7 @@ def _points(metrics: Metrics, ratio: Ratio, steps: int, targets: float) -> Itera
 
 
 def compared_panels(metrics: Metrics, cfg: RunConfig) -> list[tuple[str, str, str]]:
-    """(title, SVG, meaning) of every ratio that the run has logged, in front of the healthy runs that have it, too."""
+    """(title, SVG, meaning) of every ratio that the run and a healthy run have; the run's curve is in front."""
     own, panels = curves_of(metrics, cfg), []
     for ratio in RATIOS:
         others = {one.name: one.curves[ratio.title] for one in references() if ratio.title in one.curves}
@@ -115,7 +116,7 @@ def references() -> tuple[Reference, ...]:
 
 
 def stored(name: str, command: str, metrics: Metrics, cfg: RunConfig) -> dict[str, Any]:
-    """What ``FILE`` holds of a run; numbers with four digits."""
+    """The entry of a run in ``FILE``; its numbers have four digits."""
     curves = {
         title: [(round(x, 4), float(f"{y:.4g}")) for x, y in curve] for title, curve in curves_of(metrics, cfg).items()
     }

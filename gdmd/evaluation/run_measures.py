@@ -67,7 +67,7 @@ def _ends(row: Mapping[str, Any], path: tuple[str, ...]) -> tuple[float | None, 
 
 
 def measure_plots(rows: Rows) -> list[DotPlot]:
-    """Differences of the student to every other row, then ShapesEval and its tasks."""
+    """Differences of the student from every other row, then ShapesEval and its tasks."""
     names = list(rows)
     color = dict(zip(names, colors_of(names), strict=True))
     plots = []

@@ -1,6 +1,6 @@
 """report.html of a run: the verdict, images, measures, health, curves and how to repeat it, in one file.
 
-Gathered here; the HTML is report.html.jinja.
+This module gathers the content; report.html.jinja has the HTML.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from gdmd.shapes.same_noise import SameNoise, read_same_noise
 
 _log = logging.getLogger(__name__)
 EVALUATION = "evaluation.json"
-"""In a run folder: {row name: Evaluation.json()}, written with ``save_rows``."""
+"""The file in a run folder with {row name: Evaluation.json()}, written with ``save_rows``."""
 WIDEST = 1600
-"""Pixels of an embedded grid; the original stays in grids/."""
+"""Largest width of an embedded grid, in pixels; the original stays in grids/."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def report_run(folder: Path) -> Path:
     shapes = cfg.shapes_world or (moved and (folder / EVALUATION).is_file())  # measured where the base model was
     metrics = read_metrics(folder)
     newest, damaged = newest_intact(run.checkpoints)
-    for message in () if shapes else damaged:  # a Shapes run is measured first, which says so
+    for message in () if shapes else damaged:  # measuring a Shapes run has warned already
         _log.warning("%s; %s", message, f"step {newest} is the newest that can be used" if newest else "none is left")
     return write_report(
         folder,

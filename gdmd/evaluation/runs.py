@@ -48,7 +48,7 @@ def row_key(cfg: RunConfig, sampler: Sampler, weights: str = "") -> str:
 
 
 def measure(cfg: RunConfig, components: Components, sampler: Sampler, split: Split = "eval", step: int = 0) -> Row:
-    """One row of a table: the sampler on the fixed prompt set, in the size that the recipe names."""
+    """One row of a table: the sampler on the fixed prompt set, at the size that the recipe names."""
     size = cfg.eval
     count = len(TASKS) * size.per_task * size.images
     what = f"measuring {sampler.name} on {count:,} images"

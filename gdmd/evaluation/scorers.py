@@ -31,7 +31,7 @@ Features = Callable[[Sequence["Image"]], Tensor]
 
 
 def read_scorer(text: str) -> RewardConfig:
-    """``KIND[,key=value ...]``, ``module:function`` or ``file.py:function`` -> its config. Else a ValueError."""
+    """``KIND[,key=value ...]``, ``module:function`` or ``file.py:function`` -> its config. ValueError for others."""
     kind, *rest = split_settings(text)
     settings = list(settings_of(rest))
     wrong = [part for part, _, value in settings if value is None]
@@ -64,7 +64,7 @@ def shapes_scorers() -> tuple[RewardConfig, ...]:
 
 
 def load_scorers(specs: Sequence[RewardConfig], device: str) -> dict[str, Reward]:
-    """By label, in the given order. ValueError for weights that are not available."""
+    """The loaded scorers by label, in the given order. ValueError for weights that are not available."""
     require_weights(specs)
     return {spec.label: reward for spec, reward in zip(specs, build_rewards(specs, device), strict=True)}
 

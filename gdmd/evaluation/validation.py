@@ -69,7 +69,7 @@ def validation_prompts(cfg: RunConfig) -> tuple[tuple[str, ...], Meta]:
 
 
 def _mean(scores: Tensor) -> float:
-    """Of the images that were scored. [N]"""
+    """The mean over the images that were scored; NaN if none was. scores [N]"""
     return float(scores[~scores.isnan()].double().mean())
 
 
@@ -149,7 +149,7 @@ class Validation:
         return content_hash(json.dumps([self.texts, self.cfg.eval.model_dump(mode="json"), self.cfg.method.guidance]))
 
     def _stored_teacher(self, file: Path) -> list[Tensor] | None:
-        """The stored images; None if there are none of these settings."""
+        """The stored images; None if there are none with these settings."""
         try:
             with safe_open(file, "pt") as stored:
                 if (stored.metadata() or {}).get("key") == self._key():
@@ -159,7 +159,7 @@ class Validation:
         return None
 
     def _names(self) -> list[str]:
-        """Of the tensors in the teacher's file: its images of each size."""
+        """Names of the tensors in the teacher's file: its images at each size."""
         return [f"images.{size.height}x{size.width}" for size in self.components.sizes] or ["images"]
 
     def _draw_teacher(self, file: Path) -> list[Tensor]:
@@ -171,7 +171,7 @@ class Validation:
         return images
 
     def _scores(self, images: list[Tensor], prefix: str) -> dict[str, float]:
-        """The mean over the scored images by key, of all sizes and of each one of several; NaN if there are none."""
+        """The mean over the scored images by key, for all sizes and for each of several; NaN if none is scored."""
         with without_stats(self.rewards):
             found = {r.name: [self._score(r, own) for own in images] for r in self.rewards}
         means = {label: _mean(torch.cat(scores)) for label, scores in found.items()}

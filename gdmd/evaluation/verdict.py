@@ -27,7 +27,7 @@ from gdmd.shapes.grammar import TASKS, Split, catalog, fixed_rows
 
 PER_IMAGE = "per_image"
 FEW = 5
-"""Different captions per task below which no interval is given: so few say nothing about their spread."""
+"""Fewest different captions per task for which an interval is given: fewer say nothing about their spread."""
 SHAPES_SET = "the Shapes evaluation set"
 """The prompt set of an evaluation of Shapes sources without a prompt file."""
 _FIXED: Mapping[str, Split] = {"dev": "dev", "eval": "eval", SHAPES_SET: "eval"}
@@ -95,7 +95,7 @@ def paired(a: Row, b: Row) -> Estimate | None:
 
 
 def task_mean(scores: Scores, captions: Captions) -> Estimate:
-    """Mean of task means, and its interval when whole captions are drawn again within their task."""
+    """Mean of task means, and its interval from resampling whole captions within their task."""
     mean = float(np.mean([found.mean() for found in scores.values()]))
     if min(len(set(captions[task])) for task in scores) < FEW:
         return Estimate(mean)

@@ -42,7 +42,7 @@ def model_card(
     """README.md: the Hub's metadata, example code, training, metrics, licenses, configuration.
 
     measured: the results of ``gdmd eval preference`` for this checkpoint; None = not evaluated. license: the license
-    fields, if known. samples: an image file of the folder. where: the folder or hub id from which the code loads.
+    fields, if known. samples: an image file in the folder. where: the folder or hub id from which the code loads.
     separate: LoRAs that the exported one needs and does not contain.
     """
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
@@ -95,7 +95,7 @@ def _advice(where: str, sampler: StudentSampler) -> Sequence[str]:
 
 
 def _several_ranks(family: Family, merged: bool, separate: Sequence[LoraFile]) -> Sequence[str]:
-    """What a LoRA that contains other ones needs: earlier versions of diffusers scale layers by the rank of another one."""
+    """What a LoRA that contains others needs: earlier versions of diffusers scale layers by another layer's rank."""
     if merged or separate or not family.cfg.teacher_loras:
         return ()
     return (
@@ -189,7 +189,7 @@ def _fused_parts(net: str, texts: Iterable[str]) -> str:
 
 
 def _named(lora: LoraFile) -> str:
-    """Arguments of ``load_lora_weights``, which wants the file of a hub id apart."""
+    """Arguments of ``load_lora_weights``, which takes a file in a hub repository as a separate argument."""
     repository, file = lora.path, ""
     if not Path(lora.path).exists() and lora.path.count("/") > 1:
         org, name, file = lora.path.split("/", 2)
@@ -231,7 +231,7 @@ def _sizes(cfg: RunConfig) -> Mapping[str, str]:
 
 
 def _command(words: Sequence[str]) -> Sequence[str]:
-    """As typed into a shell, the program without its folder."""
+    """The command as typed into a shell, without the folder of the program."""
     if not words:
         return ("Command: not recorded.",)
     program, *rest = map(str, words)
@@ -311,7 +311,7 @@ def _number(value: float | None) -> str:
 
 
 def _more_weights(cfg: RunConfig) -> Sequence[tuple[str, str]]:
-    """What the student was made with besides its base model."""
+    """(what, name) of the weights besides the base model that the student was made with."""
     assert isinstance(cfg.model, DiffusersModel)
     loras = dict.fromkeys(one.path for one in (*cfg.model.teacher_loras, *cfg.model.start.teacher_loras))
     teacher = [("teacher", cfg.model.path)] if cfg.model.student else []

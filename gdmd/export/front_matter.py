@@ -1,4 +1,4 @@
-"""The metadata of a model card, as the Hugging Face Hub reads them, and the license of the base model."""
+"""The metadata of a model card, as the Hugging Face Hub reads it, and the license of the base model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gdmd.config.shapes_pipeline import PREFIX
 from gdmd.hub import hub_file, transport_errors
 
 LICENSE = ("license", "license_name", "license_link")
-"""Fields of a card."""
+"""The license fields of a card."""
 
 
 def front_matter(cfg: RunConfig, license: Mapping[str, str], samples: str | None, *, lora: bool) -> str:
@@ -42,7 +42,7 @@ def front_matter(cfg: RunConfig, license: Mapping[str, str], samples: str | None
 
 
 def base_id(model: DiffusersModel) -> str | None:
-    """The base model's hub id; None for a folder, unless it is one of the Hub's cache."""
+    """The base model's hub id; None for a folder, unless it is in the Hub's cache."""
     if cached := re.search(r"/models--([^/]+?)--([^/]+)/snapshots/", f"{Path(model.location).absolute()}/"):
         return f"{cached[1]}/{cached[2]}"
     return None if Path(model.location).is_dir() else model.path

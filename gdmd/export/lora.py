@@ -22,9 +22,9 @@ def save_lora(
 ) -> list[Path]:
     """Write the adapter ``weights`` (BLOCK.lora_A.weight, ...) in the formats of the family; returns the files.
 
-    loras: LoRAs that become part of it: B A + B' A' = [B B'] [A; A'], of the sum of the ranks; also in the text encoders.
+    loras: LoRAs to include: B A + B' A' = [B B'] [A; A'], whose rank is the sum of both; also in the text encoders.
     The scale alpha / rank is multiplied into B, so that no reader can miss it. UNets also get a file with kohya's keys
-    for ComfyUI; for transformers it reads diffusers' keys.
+    for ComfyUI; for transformers, ComfyUI reads diffusers' keys.
     """
     unet = "unet" in family.needs
     net = "unet" if unet else "transformer"

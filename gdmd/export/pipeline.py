@@ -1,7 +1,8 @@
 """The student's sampler as a stock diffusers scheduler, and the arguments of the stock pipeline call.
 
 A student that re-noises: LCMScheduler for VP models, FlowMatchEulerDiscreteScheduler with stochastic_sampling for flow
-models. A deterministic one: DPM-Solver++ of order 1 (DDIM), and FlowMatchEulerDiscreteScheduler without it.
+models. A deterministic student: DPM-Solver++ of order 1 (DDIM) for VP models, FlowMatchEulerDiscreteScheduler without
+stochastic_sampling for flow models.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def save_merged(
     if dtype is not None:
         _cast(family, dtype)
     family.pipe.scheduler = student_scheduler(family, uniform, sampler)
-    if family.name == "flux2_klein":  # as in the published distilled one: its pipeline makes no unconditional pass
+    if family.name == "flux2_klein":  # as in the published distilled model: its pipeline makes no unconditional pass
         family.pipe.register_to_config(is_distilled=True)
     family.pipe.save_pretrained(folder)
     follow_umask(*folder.rglob("*.safetensors"))

@@ -17,7 +17,7 @@ from gdmd.models.families.base import Family
 from gdmd.types import StudentSampler
 
 STEPS = ("num_inference_steps", "timesteps", "sigmas")
-"""Arguments of a call that say at which times the network is called: a caller who gives one replaces all."""
+"""Arguments of a call that say at which times the network is called: one that the caller gives replaces all."""
 
 
 def student_pipeline(
@@ -93,6 +93,6 @@ def without_adapters(net: nn.Module, *, merged: bool = False) -> Any:
         plain.set_submodule(name, base)
     for name in ("peft_config", "_hf_peft_config_loaded"):
         plain.__dict__.pop(name, None)
-    if hasattr(plain, "disable_gradient_checkpointing") and plain.is_gradient_checkpointing:  # a network of diffusers
+    if hasattr(plain, "disable_gradient_checkpointing") and plain.is_gradient_checkpointing:  # a diffusers network
         plain.disable_gradient_checkpointing()
     return plain

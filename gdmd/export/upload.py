@@ -1,6 +1,6 @@
 """Upload an exported student to the Hugging Face Hub, and check beforehand that it can be uploaded.
 
-No message holds a token: errors of the client are reported in other words, and are not chained.
+No message contains a token: errors of the client are reworded and not chained.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gdmd.io import RunError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-LOGIN = "run `hf auth login` with a token that may write, or set HF_TOKEN"
+LOGIN = "run `hf auth login` with a token that has write access, or set HF_TOKEN"
 
 
 def push_to_hub(
@@ -71,22 +71,24 @@ def push_checkpoint(checkpoint: Path, repo_id: str) -> None:
 def check_hub_target(repo_id: str, token: str | None = None) -> None:
     """Check, before anything is trained or exported, that ``push_to_hub`` can upload to ``repo_id``.
 
-    ValueError for a wrong id, RunError if the Hub does not answer, nobody is logged in, or they may not write there.
+    ValueError for a wrong id, RunError if the Hub does not answer, nobody is logged in, or there is no write access.
     """
     api = _client(repo_id, token)
     with _explained(repo_id, str(api.token)):
         account = api.whoami()
     if (account.get("auth") or {}).get("accessToken", {}).get("role") == "read":
-        raise RunError(f"cannot upload to {repo_id}: the token may only read; {LOGIN}.")
+        raise RunError(f"cannot upload to {repo_id}: the token is read-only; {LOGIN}.")
     name, owner = account.get("name"), repo_id.partition("/")[0]
     roles = {str(org.get("name")).lower(): org.get("roleInOrg") for org in account.get("orgs") or ()}
     if owner.lower() == str(name).lower():
         return
     if owner.lower() not in roles:
         known = ", ".join([str(name), *(str(org.get("name")) for org in account.get("orgs") or ())])
-        raise RunError(f"cannot upload to {repo_id}: {name} does not belong to {owner}; give a name of {known}.")
+        raise RunError(f"cannot upload to {repo_id}: {name} is not a member of {owner}; use one of {known}.")
     if roles[owner.lower()] == "read":
-        raise RunError(f"cannot upload to {repo_id}: {name} may only read in {owner}; ask its owner for write access.")
+        raise RunError(
+            f"cannot upload to {repo_id}: {name} can only read from {owner}; ask its owner for write access."
+        )
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -108,7 +110,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def _client(repo_id: str, token: str | None) -> HfApi:
-    """The Hub's client with a token, for an id that is valid, if the Hub answers."""
+    """The Hub's client. ValueError for a wrong id; RunError without a token, or if the Hub does not answer."""
     check_repo_id(repo_id)
     from huggingface_hub import HfApi, get_token
 
@@ -125,7 +127,7 @@ def _client(repo_id: str, token: str | None) -> HfApi:
 
 @contextmanager
 def _explained(repo_id: str, token: str) -> Iterator[None]:
-    """Errors of the Hub and of its client as RunError. They are not chained: a request in them has the token."""
+    """Errors of the Hub and of its client as RunError. They are not chained: the request in them contains the token."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -148,8 +150,8 @@ def _reason(error: Any) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     known: Mapping[int | None, str] = {
         401: f"the Hub does not accept the token; {LOGIN}",
-        403: "the token may not write there; give it write access, or another ORG/NAME",
-        404: "there is no such user or organization, or the token may not write there; check ORG/NAME",
+        403: "the token has no write access there; give it write access, or use another ORG/NAME",
+        404: "there is no such user or organization, or the token has no access to it; check ORG/NAME",
         409: "the repository changed during the upload; try again",
         413: "a file is too large for the Hub; export a LoRA, or shard the weights",
         429: "the Hub asks to wait (too many requests); the same command continues the upload",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 GIB = 2**30
 RESERVE = 1.0
-"""GiB that a process holds next to tensors: CUDA context, library workspaces, allocator fragmentation."""
+"""GiB that a process holds besides tensors: CUDA context, library workspaces, allocator fragmentation."""
 MAX_GPUS = 8
 """GPUs of one node."""
 LINK_EFFICIENCY = 0.8
@@ -109,7 +109,7 @@ class Transfers:
     decoded: float = 0.0  # images per sample of the batch
     scorings: float = 0.0  # calls of the rewards on the whole batch
     scorings_with_grad: float = 0.0  # per micro-batch
-    chunk: float = math.inf  # rows of a call without gradient at most
+    chunk: float = math.inf  # most rows of a call without gradient
     micro: int = 0  # samples per micro-batch; 0 = all
     decode_chunk: int = 1
 
@@ -134,7 +134,7 @@ class ProcessCost:
     gradients: int  # bytes, of the larger role
     call: tuple[float, float]  # bytes of a call without gradient: (fixed, per row)
     rows: float  # rows per sample of the largest such call (2: guidance)
-    chunk: float  # rows of such a call at most
+    chunk: float  # most rows of such a call
     output: int  # bytes of x0 and eps of one row
     update: int  # bytes of forward and backward of one micro-batch
     decoding: int  # bytes of decoding one chunk without gradient; 0 without rewards
@@ -222,7 +222,7 @@ class Sharded:
     static: int  # full copies with their optimizer state, EMA and old policy
     gradients: int  # of the larger sharded role
     gathered: int  # two blocks and the layers outside of blocks, whole on every GPU at a time
-    chunk: float  # rows of a call without gradient at most
+    chunk: float  # most rows of a call without gradient
     micro: int  # samples per micro-batch; 0 = all
 
     def elsewhere(self, gpus: int, samples: int) -> float:

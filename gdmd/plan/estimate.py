@@ -138,7 +138,7 @@ class TrainingPlan:
 
 
 def plan(cfg: RunConfig, gpu: Gpu, efficiency: float, costs: Costs | None = None) -> TrainingPlan:
-    """Estimate a recipe at the largest of its image sizes. ``costs``: of its calls, if they are known.
+    """Estimate a recipe at the largest of its image sizes. ``costs``: those of its calls, if they are known.
 
     ValueError for a hub model of unknown config.
     """
@@ -179,7 +179,7 @@ def _process_cost(
     gradients: int,
     text: int,
 ) -> ProcessCost:
-    """text: bytes of the embedding of a prompt."""
+    """What one process holds and computes. text: bytes of the embedding of a prompt."""
     transfers = _transfers(cfg, nets, counted, rewards)
     away = [r.bytes for r in rewards if r.offloaded]  # one after the other, or with gradient until the backward pass
     visiting = sum(away) if counted.decoded_with_grad else max(away, default=0)
@@ -206,7 +206,7 @@ def _process_cost(
 
 
 def _chunk(cfg: RunConfig) -> float:
-    """Rows of a call without gradient at most."""
+    """The most rows of a call without gradient."""
     most = cfg.model.forward_chunk if isinstance(cfg.model, DiffusersModel) else 0
     return most or math.inf
 
@@ -273,7 +273,7 @@ def _static(cfg: RunConfig, nets: Networks, counted: CallCounts) -> dict[str, in
     ]
     blocks = _offloaded_blocks(cfg, nets)
     return {
-        "base model": _bytes(_base(nets)) - sum(sorted(blocks)[:-2]),  # one computes, the next comes
+        "base model": _bytes(_base(nets)) - sum(sorted(blocks)[:-2]),  # one computes, the next is being copied
         "student": _bytes(student.values()),
         "fake": _bytes(fake.values()),
         "old policy": _bytes(student.values())
@@ -336,7 +336,7 @@ def _base(nets: Networks) -> list[Tensor]:
 
 
 def _weights(nets: Networks, rewards: list[_HeldReward]) -> dict[str, int]:
-    """Numbers of weights."""
+    """Number of weights by part of the training."""
     base = [weights for weights in _base(nets) if isinstance(weights, nn.Parameter)]
     trained = {role: sum(p.numel() for p in nets.roles.parameters(role).values()) for role in ("student", "fake")}
     head = sum(p.numel() for net in heads_of(nets.roles) for p in net.parameters())
@@ -417,7 +417,7 @@ def _copied(cfg: RunConfig) -> set[str]:
 
 
 def _roles(cfg: RunConfig, trained: Mapping[str, int], counted: CallCounts) -> tuple[RoleTraffic, ...]:
-    """Student, fake score and old policy, which is a copy if the student is one."""
+    """The traffic of student, fake score and old policy, which is a full copy if the student is one."""
     copied = _copied(cfg)
     found = [
         *((role, role, trained[role], float(counted.updates[role])) for role in ("student", "fake")),

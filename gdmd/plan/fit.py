@@ -21,9 +21,9 @@ MARGIN = 0.05
 SMALLEST = 0.02 * GIB
 """Bytes that a change must save."""
 SAME_CALLS = ("model.embeddings", "model.forward_chunk", "model.offload", "rewards.", "loop.optimizer")
-"""Beginnings of the settings that change no measured call, so that nothing is measured again."""
+"""Prefixes of the settings that change no measured call, so that nothing is measured again."""
 TINY_DECODERS = {"sd15": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux": "taef1", "z_image": "taef1"}
-"""Published AutoencoderTiny of a family's latents, by madebyollin."""
+"""The published AutoencoderTiny for a family's latents, by madebyollin."""
 
 
 @dataclass(frozen=True)

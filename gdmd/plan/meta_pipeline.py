@@ -35,7 +35,7 @@ class MetaPipeline:
 
     family: Family
     encoders: int  # number of weights of the text encoders
-    source: str  # where the configs are from, for people
+    source: str  # where the configs come from, as text
 
 
 def meta_family(cfg: DiffusersModel) -> MetaPipeline:
@@ -98,14 +98,14 @@ def _pipe(
     scheduler: tuple[str, Mapping[str, Any]],
     index: Mapping[str, Any] | None = None,
 ) -> SimpleNamespace:
-    """What a family needs of a pipeline. ``index``: its model_index.json."""
+    """The parts of a pipeline that a family needs. ``index``: its model_index.json."""
     import diffusers
 
     own: Any = vae
     kind, options = scheduler
     try:
         built = getattr(diffusers, kind).from_config(dict(options))
-    except load_errors() as error:  # an unknown class, a library that it needs, a setting that it refuses
+    except load_errors() as error:  # an unknown class, a missing library, an invalid setting
         raise ValueError(f"{cfg.what}: its scheduler ({kind}) cannot be loaded: {error}") from error
     parts = {
         "unet" if "unet" in family.needs else "transformer": _cast(net, cfg),
@@ -137,7 +137,7 @@ def _build(kind: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def _cast(net: nn.Module, cfg: DiffusersModel) -> nn.Module:
-    """To the dtype of the model; diffusers' own ``to`` would warn about weights that exist only after loading."""
+    """Cast to the dtype of the model; diffusers' own ``to`` would warn about weights that exist only after loading."""
     return nn.Module.to(net, DTYPES[cfg.dtype])
 
 

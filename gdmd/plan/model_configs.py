@@ -188,7 +188,7 @@ _KNOWN = (
     _krea2("krea/Krea-2-Raw"),
 )
 MODELS: Mapping[str, KnownModel] = {model.name: model for model in _KNOWN}
-"""By hub id; the first model of a family is its standard model."""
+"""The models by hub id; the first of a family is its standard model."""
 
 
 def model_of(path: str, family: FamilyName | None) -> KnownModel:

@@ -43,7 +43,7 @@ class Networks:
 
 
 def networks_of(cfg: RunConfig) -> Networks:
-    """Built from configs; no weights are loaded."""
+    """Build the networks of a recipe from configs; no weights are loaded."""
     if isinstance(cfg.model, DiffusersModel):
         return _diffusers(cfg, cfg.model)
     bf16 = cfg.loop.precision == "bf16"
@@ -195,7 +195,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def _other(nets: Networks, role: Role, on: bool, text: Cond) -> int:
-    """Bytes of a micro-batch with the other choice of checkpointing; without, the end of the forward pass is the peak."""
+    """Bytes of a micro-batch with checkpointing switched over; without it, the peak is the end of the forward pass."""
     nets.roles.set_checkpointing(on=on)
     measured = _update(nets, role, text, len(next(iter(text.values()))), backward=on)
     nets.roles.set_checkpointing(on=not on)

@@ -107,7 +107,7 @@ def fitted(plan: TrainingPlan, kept: Sequence[Change], arguments: Sequence[str])
     lines = [f"{change.settings:40} saves {change.saved / GIB:6.2f} GiB; cost: {change.cost}" for change in kept]
     limit = f"{(1 - MARGIN) * plan.gpu.gib:.1f} GiB, {1 - MARGIN:.0%} of {plan.gpu.name}"
     if not fits(plan):
-        lines.append(f"nothing more helps: {plan.total / GIB:.1f} GiB do not fit in {limit}. Take {OTHER_TASK}")
+        lines.append(f"nothing more helps: {plan.total / GIB:.1f} GiB does not fit in {limit}. Use {OTHER_TASK}")
     else:
         lines.append(f"fits in {limit}:" if kept else f"fits in {limit} as it is:")
         lines.append("  " + train_command(arguments, kept))

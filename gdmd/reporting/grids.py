@@ -35,7 +35,7 @@ def write_grid(
 ) -> Path:
     """Save ``draw_grid`` to ``path`` (PNG) atomically; its folder is created.
 
-    RunError if it cannot be written; ``option`` is the option that names another place.
+    RunError if it cannot be written; ``option`` is the option that names another location.
     """
     content = png_bytes(draw_grid(cells, captions, headers, scale))
     with writing("the images", path, option=option):
@@ -60,7 +60,7 @@ def to_image(image: Tensor) -> Image:
 
 
 def draw_grid(cells: Cells, captions: Sequence[str], headers: Sequence[str] = (), scale: int = 3) -> Image:
-    """R rows of C images under ``headers`` (a divisor of C many, over equal spans of columns), a caption next to each row.
+    """R rows of C images with a caption next to each row, under ``headers`` of equal spans: their number divides C.
 
     A pixel of an image becomes a square of ``scale`` pixels; smaller images are centered.
     """

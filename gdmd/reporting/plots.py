@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Metrics = Sequence[Mapping[str, float]]
-"""Rows of metrics.jsonl: "step" and statistics by place/name; NaN = nothing scored."""
+"""Rows of metrics.jsonl: "step" and statistics by group/name; NaN = nothing scored."""
 Points = Sequence[tuple[float, float]]
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7a5195", "#8c564b")
@@ -58,7 +58,7 @@ STYLE: dict[str, Any] = {
 }
 BINS = 10
 MARGINS = {"left": 0.15, "right": 0.97, "bottom": 0.18, "top": 0.96}
-"""Of curves, the same for all, so that their axes align in a column: room for seven digits and a unit."""
+"""Margins of curve plots, the same for all, so that their axes align in a column: room for seven digits and a unit."""
 
 
 def method_in(name: str) -> str | None:
@@ -120,7 +120,7 @@ class Chart(NamedTuple):
 
 
 def stacked_curves(metrics: Metrics, charts: Sequence[Chart], title: str) -> str:
-    """A chart per key above each other, over the same outer iterations; a dashed line is the teacher. "" without values."""
+    """A column of charts, one per key, over outer iterations; a dashed line is the teacher. "" without values."""
     shown = [one for one in charts if any(math.isfinite(row.get(one.key, math.nan)) for row in metrics)]
     if not shown:
         return ""
@@ -176,7 +176,7 @@ def _line(axes: Axes, metrics: Metrics, key: str, name: str, color: str) -> bool
 
 
 def _marker(points: Points) -> str:
-    """Single points would be invisible as a line."""
+    """A marker for one or two points, which are hard to see as a line."""
     return "o" if len(points) < 3 else ""
 
 

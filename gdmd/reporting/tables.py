@@ -71,7 +71,7 @@ class Table:
         return "".join(f"| {line} |\n" for line in lines)
 
     def rich(self, title: str = "", width: int | None = None) -> rich.table.Table:
-        """For a terminal. width: the largest width of a column of numbers."""
+        """The table for a terminal. width: the largest width of a column of numbers."""
         from rich import box
         from rich.table import Table as RichTable
         from rich.text import Text

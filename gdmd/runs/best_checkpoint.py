@@ -1,4 +1,4 @@
-"""The best checkpoint of a run: the highest (or lowest) mean of one logged metric. Named in checkpoints/best.json."""
+"""The best checkpoint of a run, by the highest (or lowest) mean of a logged metric; named in checkpoints/best.json."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Best:
 class BestCheckpointTracker:
     """Scores checkpoints by the mean of one metric over the last ``window`` steps, so one lucky batch does not decide.
 
-    A validation score is of fixed prompts and noise: that of the checkpoint's own step counts, and checkpoints that are
-    not validated have none.
+    Validation scores have fixed prompts and noise, so only that of the checkpoint's own step counts; checkpoints that
+    are not validated have none.
     """
 
     def __init__(self, metric: str, direction: Direction, window: int) -> None:
@@ -54,7 +54,7 @@ class BestCheckpointTracker:
             self.add(int(row["step"]), row)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """A row was logged."""
+        """Add a logged row."""
         self._keys = tuple(values)
         self._rows.append((step, values.get(self.metric, math.nan)))
         while self._rows[0][0] <= step - self.window:
@@ -76,7 +76,7 @@ class BestCheckpointTracker:
 
 
 def named_best(folder: Path) -> Best | None:
-    """What best.json of ``folder`` (checkpoints/) names, whether or not that checkpoint exists; None without the file."""
+    """The checkpoint that best.json in ``folder`` (checkpoints/) names, even if it is gone; None without the file."""
     file = Path(folder) / FILE
     if not file.exists():
         return None

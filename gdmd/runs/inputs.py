@@ -20,7 +20,7 @@ INPUTS, CHANGES = "inputs", "changes"
 class Input:
     """A file or folder that a run reads. ``fingerprint``: of its content, with its kind; None = unknown here.
 
-    ``commit``: of a folder in the hub's cache, so that it equals the hub id at that commit.
+    ``commit``: that of a folder in the hub's cache, which equals the hub id at that commit.
     """
 
     given: str
@@ -128,7 +128,7 @@ def input_lines(facts: Mapping[str, Any]) -> list[str]:
 
 
 def kind_of(fingerprint: str | None) -> str:
-    """ "sha256" of content, "commit" of the hub, or "unknown"."""
+    """The kind of a fingerprint: "sha256" of content, "commit" of the hub, or "unknown"."""
     return (fingerprint or "unknown").partition(":")[0]
 
 

@@ -1,4 +1,4 @@
-"""For processes that write a folder: a lock on it, signals that stop the work at a safe point, and their CPU cores."""
+"""For processes that write to a folder: a lock on it, signals that stop work at a safe point, and their CPU cores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from types import FrameType
 from gdmd.io import RunError, writing
 
 STUCK_SECONDS = 60
-"""After a stop signal to one of several ranks: when it prints where it is, if it has not ended by then."""
+"""Seconds from a stop signal until one of several ranks prints its stack, if it has not exited by then."""
 
 
 def cores() -> int:
@@ -25,14 +25,14 @@ def cores() -> int:
 
 
 RUN_LOCK = ".lock"
-"""In a run folder: locked by the process that trains the run."""
+"""The file in a run folder that is locked by the process that trains the run."""
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold an existing run folder: a second process would mix its rows and checkpoints with those of the first.
 
-    RunError if another process holds it. Nothing is checked on Windows, and on a file system without locks.
+    RunError if another process holds it. Nothing is checked on Windows or on a file system without locks.
     """
     try:
         import fcntl

@@ -2,12 +2,12 @@
 
 The rows hold, for each reward and log window,
     scores/NAME/unscored   share of images without a score (NaN)
-    scores/NAME/spread     mean |score - the first score|; 0 = all scores are the same
-Rules: a reward that scored no image in WINDOW iterations in a row with IMAGES prompts, or in a whole finished run, scores
-nothing. One whose scores were all equal for as long gives no signal. One that left out more than half of the images is a
-warning. Methods compare the images of one prompt: if no reward told them apart in a whole finished run, the run was
-trained by distillation alone. A single batch is never enough: rare NaN and discrete scores are legitimate, and so is a
-reward without scores at first, such as OCR of a student that cannot write yet.
+    scores/NAME/spread     mean |score - a score of the first scored batch|; 0 = all scores are the same
+Rules: a reward that scored no image in WINDOW iterations in a row with IMAGES samples, or in a whole finished run,
+scores nothing. One whose scores were all equal for as long gives no signal. One that left out more than half of the
+images causes a warning. Methods compare the images of one prompt: if no reward told them apart in a whole finished run,
+the run was trained by distillation alone. A single batch is never enough: rare NaN and discrete scores are legitimate,
+and so is a reward without scores at first, such as OCR of a student that cannot draw text yet.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 from gdmd.runs.validation_scores import only_validation
 
 WINDOW = 20
-"""Iterations."""
+"""Fewest iterations in a row after which a reward is reported."""
 IMAGES = 256
-"""Prompts of these iterations."""
+"""Fewest samples in these iterations."""
 FEW = 32
-"""A finished run has failed if no reward told two images apart in this many prompts."""
+"""A finished run has failed if no reward told two images apart in this many samples."""
 ROUNDING = 1e-6
 """Scores whose relative difference is smaller are equal in fp32."""
 UNSCORED, SPREAD = "unscored", "spread"
@@ -45,7 +45,7 @@ class RewardCounts:
     constant: int = 0
 
     def add(self, iterations: int, unscored: float, spread: float) -> None:
-        """A log window."""
+        """Add a log window."""
         self.iterations += iterations
         self.unscored += unscored * iterations
         self.silent = self.silent + iterations if unscored == 1 else 0
@@ -68,12 +68,12 @@ class RewardSignal:
 
     @classmethod
     def load(cls, plain: Mapping[str, Any]) -> RewardSignal:
-        """From ``dataclasses.asdict``."""
+        """Restore the counts from ``dataclasses.asdict``."""
         counts = {name: RewardCounts(**own) for name, own in plain["counts"].items()}
         return cls(plain["batch_size"], counts, plain["step"], plain["scored"], plain["flat"])
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """A row of metrics.jsonl."""
+        """Add a row of metrics.jsonl."""
         if only_validation(values):
             return
         iterations, self.step = step - self.step, step
@@ -97,11 +97,11 @@ class RewardSignal:
         return self.failed(finished) or (self.flat >= WINDOW and self.flat * self.batch_size >= IMAGES)
 
     def failed(self, finished: bool) -> bool:
-        """Whether that holds for a whole finished run with enough images."""
+        """Whether no reward told the images of a prompt apart in a whole finished run with enough samples."""
         return finished and 1 < self.scored == self.flat and self.flat * self.batch_size >= FEW
 
     def sparse(self, finished: bool) -> dict[str, float]:
-        """Rewards that left out more than half of the images: the share."""
+        """The share of images without a score, for rewards that left out more than half of the images."""
         shares = {name: own.unscored / own.iterations for name, own in self.counts.items() if own.iterations}
         enough = {name for name, own in self.counts.items() if self._enough(own.iterations, own, finished)}
         return {name: share for name, share in shares.items() if name in enough and share > 0.5}
@@ -112,7 +112,7 @@ class RewardSignal:
 
 
 def spread(values: Mapping[str, float], name: str) -> float:
-    """The spread of a reward's scores in a row: 0 if it is rounding, NaN if nothing was scored."""
+    """The spread of a reward's scores in a row: 0 if it is only rounding, NaN if nothing was scored."""
     found = values.get(key(name, SPREAD), math.nan)
     mean = values.get(f"reward/{name}/sample", values.get(f"reward/{name}/target", 0.0))
     return 0.0 if found <= ROUNDING * abs(mean) else found

@@ -1,7 +1,7 @@
 """A run folder, the public contract between training and everything that reads its results. No torch here.
 
 config.yaml      the resolved configuration
-run.json         versions, git commit, command, hash of the configuration, when started and resumed
+run.json         versions, git commit, command, hash of the configuration, when it was started and resumed
 metrics.jsonl    one JSON object per logged step; "step" counts finished outer iterations; null = not scored
 tb/              the same numbers for TensorBoard
 trackers.json    with wandb, trackio or swanlab: the id and the last step of the tracker's run
@@ -32,9 +32,9 @@ from gdmd.io import RunError, append_jsonl, near_name, numbered_jsonl, read_json
 from gdmd.runs.process import RUN_LOCK
 
 TEACHER_FILE = "teacher.safetensors"
-"""In RUN/grids: the teacher's validation images, 8-bit [N, 3, H, W], and what they depend on."""
+"""The file in RUN/grids with the teacher's validation images, 8-bit [N, 3, H, W], and what they depend on."""
 CONFIG_CHANGES = "config_changes"
-"""In run.json: what was changed in the configuration when the run was resumed."""
+"""The key in run.json for changes of the configuration when the run was resumed."""
 PACKAGES = ("gdmd", "torch", "numpy", "pydantic", "safetensors")
 
 
@@ -90,16 +90,18 @@ class Run:
     def note_changes(self, step: int, changes: Sequence[Change]) -> None:
         """Record in run.json what is changed in the configuration when the run is resumed from ``step``."""
         facts = read_facts(self.path)
-        known = [one for one in changes if MISSING not in (one.before, one.after)]  # else of another version of gdmd
+        # a key that one side lacks differs because of another version of gdmd
+        known = [one for one in changes if MISSING not in (one.before, one.after)]
         rows = [{"at": now(), "step": step, "key": one.key, "was": one.before, "now": one.after} for one in known]
         if rows:
             write_facts(self.path, facts | {CONFIG_CHANGES: [*facts.get(CONFIG_CHANGES, []), *rows]})
 
 
 def create(path: Path, config: Mapping[str, Any], command: Sequence[str] | None = None) -> Run:
-    """Create a run folder for ``config`` (JSON-able), or start an interrupted run over that has no checkpoint yet.
+    """Create a run folder for ``config`` (JSON types), or restart an interrupted run that has no checkpoint yet.
 
-    RunError for a folder with other files, a run of another configuration (its keys are named), or with checkpoints.
+    RunError for a folder with other files, with a run of another configuration (its keys are named), or with
+    checkpoints.
     """
     path = Path(path)
     check_new(path, config)
@@ -175,8 +177,8 @@ def write_facts(path: Path, facts: Mapping[str, Any]) -> None:
 def config_change_lines(facts: Mapping[str, Any]) -> list[str]:
     """What was changed in the training loop when the run was resumed, for a report or card, in order.
 
-    What may change in other sections does not train the student: validation, offloading, and where things are, which a
-    published card does not tell.
+    What may change in other sections does not affect training: validation, offloading, and file locations, which a
+    published card does not show.
     """
     return [
         f"{one['key']}: {one['was']} -> {one['now']}, from step {one['step']} on"
@@ -248,7 +250,7 @@ def commit() -> str | None:
 
 
 def check_new(path: Path, config: Mapping[str, Any]) -> None:
-    """RunError unless ``create`` can use this folder: see there."""
+    """RunError if ``create`` cannot use this folder."""
     if path.is_file():
         raise RunError(f"{path} is a file, not a folder. Choose another folder with --run.")
     with writing("the run folder", path):

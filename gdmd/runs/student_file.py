@@ -1,6 +1,6 @@
 """A student and its fake score in one small file, which loop.start_from accepts; ``shapes:dmd`` ships with the package.
 
-Tensors are named "student.NAME" (the EMA, fp16) and "fake.NAME" (fp8: the fake score is trained on at once). The header
+Tensors are named "student.NAME" (the EMA, fp16) and "fake.NAME" (fp8: training soon changes the fake score). The header
 holds the command, seed, step, commit, inputs and configuration of the run.
 """
 
@@ -57,7 +57,7 @@ def part(asset: Asset, role: str) -> Mapping[str, Tensor]:
 
 
 def origin_of(asset: Asset) -> str:
-    """Where the student is from: "step 1000 of `gdmd train shapes_dmd loop.seed=1`"."""
+    """Where the student comes from: "step 1000 of `gdmd train shapes_dmd loop.seed=1`"."""
     return f"step {asset.metadata['step']} of `{asset.metadata['command']}`"
 
 
@@ -86,7 +86,7 @@ def pack_student(run: Path, folder: Path) -> Path:
 
 
 def command_of(facts: Mapping[str, Any]) -> str:
-    """The command of a run, without the place of the program and of the run."""
+    """The command of a run, without the locations of the program and the run."""
     words = [str(word) for word in facts.get("command", ())]
     at = words.index("--run") if "--run" in words[:-1] else len(words)
     return " ".join(["gdmd", *words[1:at], *words[at + 2 :]])

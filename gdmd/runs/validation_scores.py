@@ -4,7 +4,7 @@ A score rises or falls if a t-test finds the means of the first and the last thi
 p below LEVEL). Consecutive validations are not independent, so this is a rule of thumb. Step 0 does not count, because
 every score rises from the untrained student. Trained scores that rise while a held-out one or the diversity of a prompt's
 images falls are a sign of reward hacking: the student exploits a weakness of its rewards instead of making better images.
-Every distilled student loses some diversity, so that only a fall by more than a quarter counts.
+Every distilled student loses some diversity, so only a fall by more than a quarter counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scipy.stats import ttest_ind
 from gdmd.config.validation import DIVERSITY, PREFIX, TEACHER, split_size
 
 FEW = 9
-"""Validations after step 0 below which nothing is judged: three per third."""
+"""Fewest validations after step 0 that show a trend: three per third."""
 LEVEL = 0.01
 KEPT = 0.75
 """Share of the diversity of the first third below which that of the last third counts as lost."""
@@ -46,7 +46,7 @@ def labels(rows: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def sizes_of(rows: Sequence[Mapping[str, float]], label: str) -> list[str]:
-    """The image sizes, HEIGHTxWIDTH, of which this score was logged alone."""
+    """The image sizes, HEIGHTxWIDTH, for which this score was logged separately."""
     return [size for name, size in map(split_size, _all_labels(rows)) if size and name == label]
 
 

@@ -21,11 +21,11 @@ Kind = Literal["teacher", "run", "export", "pipeline", "images"]
 
 
 EXPORT_FILE = "gdmd_export.json"
-"""In an exported folder: what is needed to generate images with it."""
+"""The file in an exported folder with what is needed to generate images with it."""
 
 
 SETTINGS = "settings.json"
-"""Next to generated images: what they were generated with."""
+"""The file next to generated images with what they were generated with."""
 
 
 MAX_IMAGES = 4096
@@ -100,7 +100,7 @@ def image_slots(texts: Sequence[str], images: int) -> list[ImageSlot]:
 
 
 def record_settings(folder: Path, info: SourceInfo, seed: int, home: Path) -> None:
-    """Record in FOLDER/settings.json what the images in ``home`` are generated with. RunError for another source's."""
+    """Record in FOLDER/settings.json what generates the images in ``home``. RunError if it has another source."""
     drawn = info.kind != "images"
     wanted = json.loads(json.dumps({"identity": dict(info.identity), **({"seed": seed} if drawn else {})}))
     path = folder / SETTINGS
@@ -129,7 +129,7 @@ def _differing(there: Any, wanted: Mapping[str, Any]) -> list[str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device's name, which is stored with times: those of two devices are not mixed."""
+    """The device's name, which is stored with measured times, so that those of two devices are not mixed."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,4 +1,4 @@
-"""What ``gdmd sample`` does: prompts -> a PNG with one row of images each."""
+"""What ``gdmd sample`` does: prompts -> a PNG with one row of images per prompt."""
 
 from __future__ import annotations
 

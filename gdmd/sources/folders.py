@@ -124,7 +124,7 @@ def _flat(folder: Path) -> list[ImageRow]:
 
 def _inside(folder: Path, name: str, path: Path, line: int) -> Path:
     file = folder / name
-    known = os.path.isfile(file)  # False, where Path.is_file raises: a name too long, a null character
+    known = os.path.isfile(file)  # False where Path.is_file raises: for a name that is too long, or a null character
     if not known or not file.resolve().is_relative_to(folder.resolve()):
         raise RunError(f"{path}, line {line}: there is no file {name!r} in {folder}; fix the line or add the file")
     return file

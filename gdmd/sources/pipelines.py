@@ -1,7 +1,7 @@
 """Diffusers pipelines and exported students as sources of images, with noise keyed by image.
 
-LCM, SDXL-Lightning, Hyper-SD, Turbo, TDM and other published checkpoints are compared this way: they are a pipeline, a
-LoRA, a scheduler, steps and guidance.
+LCM, SDXL-Lightning, Hyper-SD, Turbo, TDM and other published checkpoints are compared this way: each is a pipeline with
+a LoRA, a scheduler, steps and guidance.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 BINNING = "use_resolution_binning"
-"""Argument of pipelines that generate at a size of a table and rescale the image to the requested size."""
+"""Argument of pipelines that generate at a size from a table and rescale the image to the requested size."""
 ONE_BY_ONE = ("QwenImage21Pipeline",)
 """Pipelines whose images depend on the other captions of a batch: their padding moves the image's position."""
 _UNKEYED = (

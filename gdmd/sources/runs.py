@@ -40,7 +40,7 @@ class RunSource:
 
     @classmethod
     def open(cls, cfg: SourceConfig) -> RunSource:
-        """Checkpoint ``cfg.checkpoint`` of the run in ``cfg.where``."""
+        """Load the teacher, or checkpoint ``cfg.checkpoint`` of the run in ``cfg.where``."""
         recipe, components, sampler, step = open_named(cfg.where, cfg.checkpoint, cfg.base, cfg.device)
         teacher = cfg.where in TEACHERS
         if cfg.height or cfg.width:

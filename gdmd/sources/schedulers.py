@@ -19,7 +19,7 @@ CLASSES = {
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "flow_euler": "FlowMatchEulerDiscreteScheduler",
 }
-"""scheduler= -> class of diffusers."""
+"""Value of ``scheduler`` -> class in diffusers."""
 SOLVER_PIPELINES = ("StableDiffusion3Pipeline", "SanaPipeline")
 """Pipelines that leave the shift to a solver; the others pass one of their own."""
 SCHEDULERS_BY_KIND = {"flow": "flow_euler", "vp": "ddim, euler, euler_ancestral, lcm or tcd"}
@@ -47,7 +47,7 @@ def _scheduler(pipe: Any, cfg: SourceConfig) -> Any:
 
 
 def _changes(cfg: SourceConfig, own: Any, kind: Any) -> dict[str, Any]:
-    """Spacing and shift under this class's names. ValueError for a shift that it does not read."""
+    """The changes of spacing and shift, under this class's names. ValueError for a shift that it does not read."""
     reads = inspect.signature(kind.__init__).parameters
     wanted: dict[str, Any] = {}
     if cfg.spacing and "timestep_spacing" in reads:
@@ -126,7 +126,9 @@ def step_arguments(pipe: Any, cfg: SourceConfig) -> Mapping[str, Any]:
         )
     if cfg.timesteps:
         if cfg.steps not in (None, len(cfg.timesteps)):
-            raise ValueError(f"source {cfg.where!r}: steps = {cfg.steps}, but timesteps has {len(cfg.timesteps)}")
+            raise ValueError(
+                f"source {cfg.where!r}: steps = {cfg.steps}, but timesteps has {len(cfg.timesteps)} values"
+            )
         _check(cfg, "timesteps", type(pipe).__name__, "timesteps" in call)
         reads = _reads(pipe.scheduler.set_timesteps, "timesteps") and not _at_flow_sigmas(pipe.scheduler.config)
         _check(cfg, "timesteps", _named(pipe.scheduler), reads)

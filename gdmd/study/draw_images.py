@@ -10,7 +10,7 @@ from gdmd.recipes.run_folders import TEACHERS, config_of
 from gdmd.sources.folders import image_file, read_images, write_image, write_metadata
 
 Prompts = Sequence[tuple[str, str]]
-"""(text, task) of each."""
+"""(text, task) of each prompt."""
 
 
 PER_TASK = 10

@@ -280,7 +280,7 @@ def _bearer(request: Request) -> str:
 
 
 def checked_token(token: str) -> str:
-    """The token. ValueError if it could be guessed."""
+    """The token itself. ValueError if it could be guessed."""
     if len(token) < MIN_TOKEN_LENGTH or len(set(token)) < MIN_TOKEN_LENGTH // 2:
         raise ValueError(
             f"the admin token has {len(token)} characters ({len(set(token))} different); use at least "

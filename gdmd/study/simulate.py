@@ -49,7 +49,7 @@ class Recovery:
     """What the analysis found in many simulated studies, for the first model against the second, first question.
 
     covered: share of studies whose interval contains the true value; found: share with sign test p < .05 on the true side.
-    lost: studies without a decided vote of a rater who passed the checks; they are in no mean, and find nothing.
+    lost: studies without a decided vote of a rater who passed the checks; they enter no mean, and count as not found.
     """
 
     studies: int

@@ -1,4 +1,4 @@
-"""How many outer iterations a budget is, from a dry run of the method (``recipes.call_counts``)."""
+"""How many outer iterations a budget allows, from a dry run of the method (``recipes.call_counts``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gdmd.methods.pass_counter import BACKWARD
 from gdmd.recipes.call_counts import count_calls
 
 COUNTED = 48
-"""Iterations of a dry run, spread over the training: a rollout's length is drawn, and methods have stages."""
+"""Iterations of a dry run, spread over the training: rollout lengths are random, and methods have stages."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Pace:
 
 
 def iterations(job: Mapping[str, Any]) -> int:
-    """The outer iterations of a student's run.
+    """The number of outer iterations of a student's run.
 
-    updates: the fewest with at least the given number of student updates. passes: the number whose passes come closest
-    to those of the reference row under the budget ``updates``. A method with a first stage of fixed length has another
-    pace over another number of iterations, so it is counted again over the number that was found.
+    Budget ``updates``: the fewest with at least the given number of student updates. Budget ``passes``: the number
+    whose passes come closest to those of the reference row under the budget ``updates``. The pace of a method with a
+    first stage of fixed length depends on the number of iterations, so it is counted again over the number found.
     """
     steps = _steps_for_updates(job["recipe"], job["student_updates"])
     if job["passes_of"] is None:

@@ -64,7 +64,7 @@ def _curve(cfg: RunConfig, saved: checkpoint.Checkpoint | None, how: Mapping[str
 
 
 def _gradients(cfg: RunConfig, saved: checkpoint.Checkpoint | None, step: int) -> dict[str, float]:
-    """Nothing for a method without rewards."""
+    """Divergence of the reward and DMD gradients; {} for a method without rewards."""
     plain = without_rewards(cfg.method)
     if plain is None:
         return {}

@@ -1,4 +1,4 @@
-"""Do the reward and the DMD gradient of a student have the same direction? (arXiv 2604.19009, Fig. 4)
+"""Do the reward and DMD gradients of a student point in the same direction? (arXiv 2604.19009, Fig. 4)
 
 Works for any method: the gradients of one iteration are computed twice with identical draws, by the method and by the
 same method with reward weight 0, which is plain DMD. Nothing is applied. In the student's parameter space, summed over
@@ -7,7 +7,7 @@ all student updates of the iteration,
     g_RL = g_full - g_DMD,    cosine = <g_RL, g_DMD> / (|g_RL| |g_DMD|),    weight = <g_full, g_DMD> / |g_DMD|^2.
 
 A second measure is what an iteration changes: the rewards of the student's one-step prediction x0 from fixed x_tau,
-before and after it.
+before and after the iteration.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def student_gradient(method: Method, roles: Roles, step: int, prompts: PromptBat
 
 
 def divergence(full: Tensor, plain: Tensor) -> Divergence:
-    """From the gradients of the method and of plain DMD on the same draws, both [P]."""
+    """Compare the gradients of the method and of plain DMD on the same draws, both [P]."""
     reward, norm = full - plain, plain.norm()
     cosine = reward @ plain / (reward.norm() * norm)  # 0 / 0 is NaN: no direction
     return Divergence(float(cosine), float(reward.norm() / norm), float(full @ plain / norm.square()))

@@ -27,7 +27,7 @@ PLAIN = Path(__file__).with_name("plain_diffusers.py")
 def draw_exported(cfg: RunConfig, run: Path, folder: Path, split: Split) -> Tensor:
     """Images [N, 3, S, S] of ``image_captions``, read from the PNG files that diffusers wrote in ``folder``.
 
-    The noise is diffusers' own, seeded by image, so it is not that of the run's other evaluations.
+    The noise is diffusers' own, seeded by image, so it differs from that of the run's other evaluations.
     """
     assert isinstance(cfg.model, DiffusersModel)
     export, images, call = folder / "export", folder / "images", folder / "call.json"
@@ -45,7 +45,7 @@ def draw_exported(cfg: RunConfig, run: Path, folder: Path, split: Split) -> Tens
 
 
 def _python(arguments: Sequence[str]) -> None:
-    """Run ``python ARGUMENTS`` to its end. RunError if it fails; SystemExit if a signal stops this process meanwhile."""
+    """Run ``python ARGUMENTS`` and wait for it. RunError if it fails; SystemExit if a signal stops this process."""
     with stop_signals() as stopped:
         process = subprocess.Popen([sys.executable, *arguments], stdin=subprocess.DEVNULL)
         while process.poll() is None and not stopped:

@@ -42,11 +42,11 @@ STYLE: dict[str, Any] = {
 }
 DPI = 110
 MARGIN = 0.08
-"""Of the score on both sides of the seeds; wider intervals are cut off."""
+"""Margin of the score axis on both sides of the seeds; wider intervals are cut off."""
 MOST_LINES = 8
-"""Students in the figure of all measures."""
+"""Largest number of students in the figure of all measures."""
 COLUMNS = 4
-"""Measures side by side in it."""
+"""Panels per line of that figure."""
 FIGURES: Mapping[str, tuple[str, str]] = {
     "overall.png": (
         "ShapesEval overall",
@@ -248,7 +248,7 @@ def curve_figure(results: Results) -> Figure | None:
 
 
 def _gain(points: Sequence[Mapping[str, Any]], k: int, trained: Sequence[str]) -> float:
-    """Mean over the trained rewards that were measured of their change since the first point."""
+    """Mean change since the first point, over the trained rewards that were measured."""
     known = [name for name in trained if name in points[0]["rewards"]]
     changes = [points[k]["rewards"][name] - points[0]["rewards"][name] for name in known]
     return sum(changes) / len(changes) if changes else math.nan
@@ -270,7 +270,7 @@ def _r_distribution(axes: Axes, results: Results, row: Row, line: Line) -> None:
 
 
 def _share_bars(axes: Axes, results: Results, lines: Sequence[tuple[Row, Line]]) -> None:
-    """Share of r < 1/2 by method, of those that log it."""
+    """Share of r < 1/2 for each method that logs it."""
     key = "weight/share_below_half"
     own = [(row, line["statistics"][key]) for row, line in lines if key in line.get("statistics", {})][::-1]
     axes.set_visible(bool(own))
@@ -309,7 +309,7 @@ def _diagnosed(results: Results) -> list[tuple[Row, Line]]:
 
 
 def _shown(results: Results) -> list[Row]:
-    """Rows of that figure: the first teacher, the headline, every baseline, and other GDMD rows while there is room."""
+    """Rows of the figure of all measures: first teacher, headline, baselines, other GDMD rows while there is room."""
     teachers = results.present(keep=lambda row: row.kind == "teacher")[:1]
     others = results.present(keep=lambda row: row.kind in ("baseline", "gdmd"))
     first = sorted(others, key=lambda row: (row.name != results.headline, row.kind != "baseline"))[:MOST_LINES]
@@ -322,7 +322,7 @@ def _mean(results: Results, row: Row, place: tuple[str, ...]) -> float:
 
 
 def row_colors(results: Results) -> dict[str, str]:
-    """The color of every row, the same in all figures; the headline row has its method's."""
+    """The color of every row, the same in all figures; the headline row has that of its method."""
     names = sorted((row.name for row in results.rows), key=lambda name: name != results.headline)
     colors = dict(zip(names, colors_of(names), strict=True))
     return colors | {row.name: COLORS["teacher"] for row in results.rows if row.kind == "teacher"}
@@ -333,7 +333,7 @@ def _color(results: Results, row: Row) -> str:
 
 
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)))
-"""Lines of the first, second and third row that has a color."""
+"""Line styles of the first, second and third row of the same color."""
 _HATCHES = ("", "///", "...")
 
 

@@ -1,7 +1,7 @@
 """What the students of diffusers pipelines should reach (GOALS), and whether they do, from the images of each run.
 
-Intervals resample captions within their tasks, the same ones on both sides of a comparison: they say how much the images of
-these trainings tell. How much a training depends on its seed is told by the values of the seeds.
+Intervals come from resampling captions within their tasks, the same ones on both sides of a comparison. They hold for
+these trainings only; the values of the seeds show how much a training depends on its seed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Floats = NDArray[np.float64]
 Line = Mapping[str, Any]
 """A line of a sweep's table whose run has a ``pipeline``."""
 Statistic = Callable[[Any, Any], Any]
-"""Of the scores of both sides; elementwise on the replicates."""
+"""A function of the scores of both sides; elementwise on the bootstrap replicates."""
 
 OF_TEACHER, LONGER_OF_TEACHER = 0.90, 1.0
-"""Share of the guided many-step teacher's ShapesEval that a LoRA should have in four steps; the same after more updates."""
+"""Share of the guided many-step teacher's ShapesEval that a four-step LoRA should reach, and after more updates."""
 OVER_FEW_STEPS, OVER_DMD = 0.10, 0.02
-"""Gain over the teacher's guided sampler with as many steps, and over DMD and other methods with as many updates."""
+"""Gain over the teacher's guided sampler with as many steps, and over DMD and other methods after as many updates."""
 _BASELINES = {"dmd": "DMD", "algorithm_1": "Algorithm 1", "dmd_refl": "DMD + ReFL"}
 """Methods with which GDMD LoRAs are compared after as many updates; the names are those of ``pipeline_facts``."""
 LAB_STUDENT, LAB_TEACHER = 0.553, 0.590
@@ -43,7 +43,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Goal:
-    """A number and what it should be. target: its lower bound; None: an interval that contains 0."""
+    """A number and what it should be. target: its lower bound; None: its interval should contain 0."""
 
     text: str
     found: Estimate
@@ -52,13 +52,13 @@ class Goal:
 
     @property
     def met(self) -> bool:
-        """Whether the number is as high as it should be, whatever its interval."""
+        """Whether the number reaches its target; without a target, whether its interval contains 0."""
         low, high = self.found.interval
         return low <= 0 <= high if self.target is None else self.found.value >= self.target
 
 
 class Captions:
-    """The captions of an evaluation with ``images`` of each, and bootstrap weights over them."""
+    """The captions of an evaluation with ``images`` images of each, and bootstrap weights over them."""
 
     def __init__(self, per_task: int, images: int, split: Split = "eval", replicates: int = REPLICATES) -> None:
         rows, self.images = fixed_rows(split, per_task), images
@@ -67,7 +67,7 @@ class Captions:
         self.drawn = _weights(rows.numpy(), tasks, replicates)  # [R, C]
 
     def of(self, line: Line) -> Floats:
-        """[C]: the share of right images of each caption. ValueError for a line of another evaluation."""
+        """[C]: the share of correct images of each caption. ValueError for a line of another evaluation."""
         right = np.array([int(mark) for mark in line["correct"]], dtype=np.float64)
         if len(right) != len(self.mean) * self.images:
             raise ValueError(
@@ -78,7 +78,7 @@ class Captions:
         return right.reshape(len(self.mean), -1).mean(1)
 
     def interval(self, lines: Mapping[int, Line]) -> Interval:
-        """Of the mean over the runs of a row (seed -> line)."""
+        """The bootstrap interval of the mean over the runs of a row (seed -> line)."""
         scores = np.mean([self.of(line) for line in lines.values()], 0)
         return percentile_interval(self.drawn @ scores)
 
@@ -95,7 +95,7 @@ class Captions:
 
 
 def goals(lines: Sequence[Line], captions: Captions) -> list[Goal]:
-    """Those of one family that can be measured with the runs that are finished."""
+    """The goals of one family that can be measured from the finished runs."""
     student, full = _runs(lines, "gdmd", "lora"), _runs(lines, "gdmd", "full")
     steps = {line["pipeline"]["steps"] for line in (*student.values(), *full.values())}
     teachers = [line for line in lines if line["pipeline"]["mode"] == "teacher"]

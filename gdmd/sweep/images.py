@@ -31,9 +31,9 @@ from gdmd.sweep.worker import run_sampler
 RENDERS = 16
 """True renders per cluster, whose mean is the cluster's true center."""
 MARKERS = ("o", "s", "^", "D", "P", "*")
-"""For circle, square, triangle, diamond, cross, ring."""
+"""Markers of circle, square, triangle, diamond, cross, ring."""
 COLORS = ("#d62728", "#ff8c1a", "#e6c700", "#2ca02c", "#17becf", "#1f4fd6", "#8e44ad", "#ffffff")
-"""For red, orange, yellow, green, cyan, blue, purple, white."""
+"""Colors of the captions' red, orange, yellow, green, cyan, blue, purple, white."""
 HARDEST = ("position", "color_attr")
 
 
@@ -47,7 +47,7 @@ class Shown:
 
 
 def main(folder: Path) -> int:
-    """Write fig6_grid.png and fig7_grid.png among the figures, and images.json; returns the exit code."""
+    """Write fig6_grid.png and fig7_grid.png next to the other figures, and images.json; returns the exit code."""
     torch.set_num_threads(1)
     sweep = read_sweep(str(folder / "sweep.yaml"))
     shown = [_shown(sweep, run, folder) for run in shown_runs(sweep, folder)]
@@ -114,7 +114,7 @@ def _plane(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _captions(tasks: Sequence[str], count: int) -> list[str]:
-    """About ``count`` captions of the evaluation set, equally many of each of these tasks."""
+    """About ``count`` captions of the evaluation set, equally many from each of these tasks."""
     each = -(-count // len(tasks))
     rows = fixed_rows("eval", each).tolist()
     own = [row for row in rows if TASKS[int(catalog().task[row])] in tasks]

@@ -45,7 +45,7 @@ class About:
     split: str
     images: int  # per run
     missing: int = 0  # runs that are not in the table
-    others: str = ""  # the part of the sentence on seeds that names rows with others
+    others: str = ""  # the part of the sentence on seeds that names rows with other seeds
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def verdict(results: Results) -> Verdict:
 
 
 def quoted(title: str) -> str:
-    """A title as an item of a list."""
+    """A title as an item of a list: in quotes if it contains a comma."""
     return f'"{title}"' if "," in title else title
 
 
@@ -123,7 +123,7 @@ def _introduction(results: Results, about: About) -> list[str]:
 
 
 def _foreign(results: Results) -> list[str]:
-    """The rows with other rewards, for which that is not true."""
+    """A sentence on the rows that were trained on other rewards than the headline row; none without such rows."""
     rows = [(row.title, results.foreign(row.name)) for row in results.present()]
     listed = "; ".join(f"**{title}** was trained on {', '.join(names)} instead" for title, names in rows if names)
     if not listed:

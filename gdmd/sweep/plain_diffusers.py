@@ -1,6 +1,6 @@
 """Draw the images of an exported LoRA as a user of diffusers would: ``python plain_diffusers.py EXPORT CALL.json IMAGES``.
 
-It imports nothing of gdmd, so its images show what the exported files are worth without this library.
+It imports nothing from gdmd, so its images show what the exported files are worth without this library.
 """
 
 import json
@@ -13,13 +13,13 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMSch
 SCHEDULERS = {"FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler, "LCMScheduler": LCMScheduler}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SEEDS = 1_000_000
-"""More than the images and captions of an evaluation, so that evaluations with other seeds have other noise."""
+"""More seeds than an evaluation uses, so that evaluations with other seeds have other noise."""
 
 
 def main(export: Path, call_file: Path, images: Path) -> None:
-    """Write IMAGES/00000.png, ...: for each caption of the call its images, one seed each.
+    """Write IMAGES/00000.png, ...: the images of each caption of the call, one seed each.
 
-    FlowMatchEulerDiscreteScheduler re-noises without ``generator``: from a seed for each caption, after those of the images.
+    FlowMatchEulerDiscreteScheduler re-noises from the global generator, so it is seeded for each caption, too.
     """
     info = json.loads((export / "gdmd_export.json").read_text())
     call = json.loads(call_file.read_text())

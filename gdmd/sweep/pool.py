@@ -1,4 +1,4 @@
-"""What ``gdmd sweep`` does: run what is not finished, several runs at once, then draw the images. No torch here.
+"""What ``gdmd sweep`` does: run what is not finished, several runs at once, then draw the images. Imports no torch.
 
 Every run is a separate process (``sweep.worker``), so that a failing run stops no other, memory is measured per method,
 and each training handles a signal at the end of an iteration.
@@ -49,7 +49,7 @@ FAILED_FIRST, MISSING_FIRST = "its first stage failed", "its first stage has no 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a sweep is. seconds_left: from the mean time of the runs finished so far; None before the first."""
+    """The progress of a sweep. seconds_left: from the mean time of the runs finished so far; None before the first."""
 
     done: int
     total: int
@@ -139,7 +139,7 @@ class Table:
 
 @dataclass
 class _Pool:
-    """At most ``jobs`` workers at a time."""
+    """Runs at most ``jobs`` workers at a time."""
 
     folder: Path
     jobs: int
@@ -154,7 +154,7 @@ class _Pool:
     _failed: set[str] = field(default_factory=set)  # hashes: rows of different names may share a run
 
     def run(self, todo: Sequence[SweepRun], stopped: Sequence[int]) -> None:
-        """Until all are done or a signal arrives; then the running ones save and exit."""
+        """Work until all runs are done or a signal arrives; after a signal the running ones save and exit."""
         waiting, self._total = list(todo), len(todo)
         while (waiting or self._running) and not stopped:
             while len(self._running) < self.jobs and (run := self._next(waiting)):
@@ -213,7 +213,7 @@ class _Pool:
         self.show(status)
 
     def status(self) -> Status:
-        """How far the pool is."""
+        """The progress so far."""
         done = len(self._seconds)
         each = sum(self._seconds) / done if done else None
         left = None if each is None else each * (self._total - done) / min(self.jobs, max(self._total - done, 1))
@@ -256,7 +256,10 @@ def _images_drawn(sweep: Sweep, folder: Path) -> bool:
 
 
 def _worker(module: str, folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """A process in a separate session, so that Ctrl-C reaches only us, and we pass it on. It exits when we are gone."""
+    """Start a worker in a separate session, so that Ctrl-C reaches only this process, which then stops its workers.
+
+    The worker also exits when this process is gone.
+    """
     return subprocess.Popen(
         [sys.executable, *module_arguments(module), str(folder), str(os.getpid())],
         stdin=subprocess.DEVNULL,
@@ -278,7 +281,7 @@ def _finish(module: str, folder: Path, log: Path) -> int:
 
 
 def _reason(log: Path) -> str:
-    """The newest error of a log (else its last line, as of a traceback), on one short line."""
+    """The last error in a log (else its last line, such as the end of a traceback), shortened."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     printed = [line for line in lines if line.strip()]
     errors = [line for line in printed if line.startswith("error: ")]

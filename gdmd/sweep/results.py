@@ -22,7 +22,10 @@ PAGE, TABLE, FEATURES = "shapes.md", "table.jsonl", "fig3_features.png"
 
 @dataclass(frozen=True)
 class Stored:
-    """What a table holds of a sweep. missing: runs without a line; past: lines of other settings or of removed rows."""
+    """The part of a table that belongs to a sweep.
+
+    missing: number of runs without a line; past: number of lines of other settings or of removed rows.
+    """
 
     results: Results
     missing: int = 0
@@ -54,7 +57,7 @@ def stored_results(sweep: Sweep, folder: Path, *, past: bool = False) -> Stored:
 
 
 def write_pages(sweep: Sweep, source: str, folder: Path, *, only_pages: bool) -> Path | None:
-    """Write the figures and shapes.md, or NAME.md of a sweep over pipelines.
+    """Write the figures and shapes.md, or NAME.md for a sweep over pipelines.
 
     None (an error with ``only_pages``) if no run is finished.
 

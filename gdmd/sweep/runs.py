@@ -1,8 +1,10 @@
-"""From a sweep to its runs: rows x seeds x budgets, each with a job that is a pure function of its settings. No torch.
+"""The runs of a sweep: rows x seeds x budgets, each with a job that is a pure function of its settings.
+
+Importing this module imports no torch.
 
 OUT/table.jsonl         one line per run, appended when the run is finished
 OUT/runs/HASH/          job.json, log.txt, result.json; run/ is the run folder (``gdmd eval OUT/runs/HASH/run``)
-OUT/figures/, shapes.md the pages; of a sweep over pipelines OUT/NAME/, NAME.md and NAME.jsonl
+OUT/figures/, shapes.md the pages; for a sweep over pipelines OUT/NAME/, NAME.md and NAME.jsonl
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class SweepRun:
     """One line of the table. Runs of equal ``identity`` share their folder and are trained once.
 
     identity: what determines the result, without the fields that have their default value, so that a new option whose
-    default is the old behavior keeps all results valid; one whose default is another behavior is always a part of it.
+    default is the old behavior keeps all results valid; one whose default changes the behavior is always a part of it.
     ``outdated`` finds defaults that were changed.
     """
 
@@ -63,7 +65,7 @@ class SweepRun:
 
     @property
     def hash(self) -> str:
-        """Of the identity; names of rows are not part of it."""
+        """Hash of the identity, which does not contain the names of rows."""
         return config_hash(self.identity)[:HASH]
 
     @property
@@ -126,7 +128,7 @@ def selected(runs: Sequence[SweepRun], only: Sequence[str]) -> list[SweepRun]:
 
 
 def outdated(runs: Iterable[SweepRun], out: Path) -> list[str]:
-    """Runs in ``out`` that were made when a default had another value, with the fields: their results are not valid."""
+    """Runs in ``out`` that were made when a default had another value, with these fields: their results are invalid."""
     found = []
     for run in runs:
         path = run.folder(out) / "job.json"
@@ -137,7 +139,7 @@ def outdated(runs: Iterable[SweepRun], out: Path) -> list[str]:
 
 
 def _matters(change: Change) -> bool:
-    """Names of rows do not; a field that is new, or was removed, had no other behavior."""
+    """Whether a change makes results invalid. Names of rows do not, nor do fields that were added or removed."""
     named = change.key in ("recipe.name", "passes_of.name")
     return not named and MISSING not in (change.before, change.after)
 
@@ -281,7 +283,7 @@ def contents(cfg: RunConfig) -> dict[str, str]:
 
 
 def _more_contents(cfg: RunConfig, model: DiffusersModel) -> dict[str, str]:
-    """Of the decoder for the rewards and of the real images, where a run has them."""
+    """Hashes of the decoder for the rewards and of the real images, where a run has them."""
     found: dict[str, str] = {}
     if model.scoring_decoder:
         from gdmd.rewards.weights import weights_content
@@ -295,7 +297,7 @@ def _more_contents(cfg: RunConfig, model: DiffusersModel) -> dict[str, str]:
 
 
 def _own_contents(cfg: RunConfig) -> dict[str, Any]:
-    """The contents that do not ship with the package: they are part of the identity. ``outdated`` checks the shipped."""
+    """The contents that do not ship with the package: they are part of the identity. ``outdated`` checks the others."""
     every = contents(cfg)
     shipped = {name: _content(path) for name in every if (path := asset_path(name)).is_file()}
     own = {name: content for name, content in every.items() if shipped.get(name) != content}
@@ -330,7 +332,7 @@ def _with_seed(sweep: Sweep, cfg: RunConfig, seed: int) -> RunConfig:
         "loop": cfg.loop.model_copy(update={"seed": seed, **LOOP}),
         "validation": NO_VALIDATION,
     }
-    if isinstance(cfg.model, DiffusersModel):  # runs at the same time would write the same cache of text embeddings
+    if isinstance(cfg.model, DiffusersModel):  # concurrent runs would write the same cache of text embeddings
         parts["model"] = cfg.model.model_copy(update={"embeddings": None})
     return cfg.model_copy(update=parts)
 
@@ -344,13 +346,11 @@ def _changed_fields(cfg: RunConfig) -> dict[str, Any]:
     """The fields that differ from their defaults, and the kinds of model and method whose defaults these are."""
     hidden = {"name": True, "about": True, "loop": SET_BY_BUDGET, "validation": True}
     tree = cfg.model_dump(mode="json", exclude_defaults=True, exclude=hidden)
-    if cfg.validation.every != ValidationConfig().every:  # as the results so far were hashed; it changes none
+    if cfg.validation.every != ValidationConfig().every:  # under this key in the hashes of past results
         tree["loop"] = {**tree.get("loop", {}), "grid_every": cfg.validation.every}
     for part, kind in (("method", cfg.method.kind), ("model", cfg.model.kind)):
         tree[part] = {"kind": kind, **tree.get(part, {})}
-    if isinstance(
-        cfg.method, BaselineConfig
-    ):  # always: the default was not the behavior of the results without this field
+    if isinstance(cfg.method, BaselineConfig):  # always: results from before this field differ from its default
         tree["method"]["fake_samples"] = cfg.method.fake_samples
     return tree
 

@@ -66,7 +66,7 @@ def read_sweep(source: str) -> Sweep:
 
 
 def _model_problems(config: SweepConfig, recipes: Mapping[str, RunConfig]) -> list[str]:
-    """Rows whose images ShapesEval cannot judge, of two kinds of model, or of a budget not shown; exports without a LoRA."""
+    """Rows that ShapesEval cannot judge, of two kinds of model, or with a budget not shown; exports without a LoRA."""
     found = [
         f"row '{name}': a sweep measures ShapesEval, but {cfg.name} distills a pipeline outside the Shapes world; "
         "train it with gdmd train and compare the runs with gdmd eval compare"
@@ -108,5 +108,5 @@ def _path_of(source: str) -> Path:
 
 
 def _arguments(overrides: Overrides) -> list[str]:
-    """As ``a.b=c``; JSON is YAML, except for escaped surrogate pairs."""
+    """Overrides as ``a.b=c``, in JSON, which is YAML except for escaped surrogate pairs."""
     return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]

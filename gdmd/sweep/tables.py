@@ -33,7 +33,7 @@ TRAINED_MARK = " †"
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the tables. kind: teacher | baseline | gdmd | control; tables: strategy, collection or both."""
+    """A row. kind: teacher | baseline | gdmd | control | exported; tables: strategy, collection or both."""
 
     name: str
     title: str
@@ -60,17 +60,17 @@ class Results:
         return {seed: value for seed, value in found.items() if value is not None}
 
     def summary(self, name: str, place: Place, budget: str = "updates") -> Summary | None:
-        """Over the seeds; None if nothing was measured."""
+        """Statistics over the seeds; None if nothing was measured."""
         values = self.values(name, place, budget)
         return summarize(list(values.values())) if values else None
 
     def present(self, budget: str = "updates", keep: Callable[[Row], bool] = lambda row: True) -> list[Row]:
-        """The rows that have a finished run under this budget."""
+        """The rows that have a finished run under this budget, if ``keep`` holds for them."""
         measured = {line["method"] for line in self.lines if line["budget"] == budget}
         return [row for row in self.rows if row.name in measured and keep(row)]
 
     def title(self, name: str) -> str:
-        """What a reader sees."""
+        """The title of a row."""
         return next(row.title for row in self.rows if row.name == name)
 
     @property
@@ -80,7 +80,7 @@ class Results:
         return list(dict.fromkeys(name for line in own for name in line.get("trained", ())))
 
     def foreign(self, name: str) -> list[str]:
-        """Rewards that this row was trained on and the headline row was not: they are not unseen measures of it."""
+        """Rewards that this row was trained on and the headline row was not: they are not unseen measures for it."""
         own = (line for line in self.lines if line["method"] == name)
         return [
             reward
@@ -96,7 +96,7 @@ class Results:
 
 
 def quality(results: Results) -> list[Measure]:
-    """Table 1: rewards trained on (†), unseen rewards, fidelity, coverage, diversity."""
+    """Table 1: ShapesEval, rewards (trained on: †), fidelity, coverage, diversity, Fréchet distance, NFE."""
     rewards = [Measure(_reward_title(results, name), ("rewards", name)) for name in results.rewards]
     return [
         Measure("ShapesEval", OVERALL),
@@ -110,7 +110,7 @@ def quality(results: Results) -> list[Measure]:
 
 
 def by_task() -> list[Measure]:
-    """Table 2."""
+    """Table 2: ShapesEval by task."""
     tasks = [Measure(task.replace("_", " "), ("tasks", task)) for task in TASKS]
     return [Measure("overall", OVERALL), *tasks]
 
@@ -193,7 +193,7 @@ def significance(results: Results, place: Place, budget: str = "updates") -> Tab
 
 
 def brief_significance(results: Results, budget: str = "updates") -> Table:
-    """Differences to the headline row on the measures that no row is trained on, with Holm's p in parentheses."""
+    """Differences from the headline row on the measures that no row is trained on, with Holm's p in parentheses."""
     measures = {HELDOUT: ("rewards", HELDOUT), "fidelity": ("fidelity",), "coverage": ("coverage",)}
     found = {
         name: {each.row.name: each for each in against_headline(results, place, budget)}
@@ -232,7 +232,7 @@ def _best(results: Results, rows: Sequence[Row], measure: Measure, budget: str) 
 
 
 def _competes(results: Results, row: Row) -> bool:
-    """Whether a row may be the best: a student that was not trained on a measure that is unseen for the headline."""
+    """Whether a row may be the best: a student that was trained on no measure that is unseen for the headline row."""
     return row.kind != "teacher" and not results.foreign(row.name)
 
 

@@ -65,7 +65,7 @@ def main(folder: Path, parent: int | None = None) -> int:
 
 
 def _result(job: Mapping[str, Any], folder: Path) -> dict[str, Any] | TrainEnd:
-    """Of a teacher's run, of the export of a student, or of a student's."""
+    """The measurements of a teacher, an exported student, or a student, which is trained first."""
     if "teacher" in job:
         return _teacher(job)
     return _exported(job, folder) if "exported" in job else _student(job, folder)
@@ -149,7 +149,7 @@ def _exported(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def counted(components: Components) -> CountedMethod:
-    """The method with its passes counted: those of adapters on a frozen base model, and calls for features, as such."""
+    """The method with its passes counted; a backward through a frozen base model and a call for features cost less."""
     roles = components.roles
     if isinstance(roles, ShapesRoles):
         return CountedMethod(components.method, [roles.student.net, roles.fake.net, roles.teacher.net, roles.old.net])
@@ -164,14 +164,14 @@ def counted(components: Components) -> CountedMethod:
 
 
 def mode_of(model: ModelConfig) -> str:
-    """How the student is trained."""
+    """How the student is trained: "lora" or "full"."""
     return "lora" if isinstance(model, DiffusersModel) and model.full in ("none", "fake") else "full"
 
 
 def pipeline_facts(cfg: RunConfig, mode: str, steps: int) -> dict[str, Any]:
-    """What a line of a pipeline's results says about it: family, method, mode, steps of the sampler. Else nothing.
+    """Facts in the table line of a pipeline: family, method, mode, steps of the sampler. {} for other models.
 
-    GDMD is the tilted one there, and kind: gdmd is algorithm_1.
+    There, "gdmd" means ``kind: gdmd_tilted``, and ``kind: gdmd`` is "algorithm_1".
     """
     if not isinstance(cfg.model, DiffusersModel):
         return {}
@@ -189,12 +189,12 @@ def pipeline_facts(cfg: RunConfig, mode: str, steps: int) -> dict[str, Any]:
 
 
 def measures(cfg: RunConfig, components: Components, sampler: Sampler, split: Any) -> dict[str, Any]:
-    """The measured part of a table line; ``shapeseval`` is the overall score, ``tasks`` holds the six."""
+    """The measured part of a table line; ``shapeseval`` is the overall score, ``tasks`` holds one for each task."""
     return measured_line(evaluate(sampler, components, cfg.eval, all_scorers(cfg), split), cfg)
 
 
 def measured_line(found: Evaluation, cfg: RunConfig) -> dict[str, Any]:
-    """An evaluation as in a table line.
+    """The part of a table line that comes from an evaluation.
 
     correct: 1 or 0 for every image, caption by caption. trained: labels of the recipe's rewards and of their parts.
     """

@@ -64,7 +64,7 @@ def test_every_command_is_in_a_group(gdmd: Gdmd) -> None:
     assert sorted(shown) == sorted(get_command(app).commands)
 
 
-def test_device(gdmd: Gdmd) -> None:
+def test_device_option(gdmd: Gdmd) -> None:
     """One process takes any device that exists, ranks take their own."""
     several = gdmd.train("--device", "cpu", "--gpus", "2")
     assert several.code == 2 and "each rank uses the GPU of its local rank" in several.err
@@ -90,7 +90,7 @@ def test_list_of_recipes(gdmd: Gdmd) -> None:
 
 
 def test_explained_recipe(gdmd: Gdmd) -> None:
-    """Only the asked fields, also of an overridden recipe; an unknown one gets a suggestion."""
+    """Only the requested fields are shown, with overrides applied; an unknown field gets a suggestion."""
     shown = gdmd("recipes", "shapes", "--explain", "loop.steps", "prompts", "loop.steps=7").out
     keys = re.findall(r"^([* ]) (\S+)=", shown, re.M)
     assert keys == [(" ", "prompts.file"), (" ", "prompts.column"), ("*", "loop.steps")]
@@ -246,7 +246,7 @@ BY_METHOD = list({read_recipe(name).method.kind: name for name in SHAPES}.values
 
 @pytest.mark.parametrize("name", BY_METHOD)
 def test_metric_keys_of_a_recipe(gdmd: Gdmd, name: str) -> None:
-    """The keys that are known before the training are those that it logs."""
+    """The keys known before training are those that the training logs."""
     kind = read_recipe(name).method.kind
     overrides = [one for one in TINY if "group_size" not in one or kind == "gdmd"]
     overrides += ["method.images_per_prompt=2"] if kind in ("dmd_nft", "dmd_grpo") else []

@@ -86,8 +86,8 @@ def test_several_tars_in_one_file_are_an_error(tmp_path: Path) -> None:
         found(tmp_path / "t.tar")
 
 
-def test_folders_in_practice(tmp_path: Path) -> None:
-    """Other caption files, linked folders (one to its parent), hidden files of macOS and notebooks."""
+def test_linked_folders_and_hidden_files(tmp_path: Path) -> None:
+    """A folder may have other caption files, links (one to its parent), and hidden files of macOS and notebooks."""
     images = tmp_path / "images"
     (images / ".ipynb_checkpoints").mkdir(parents=True)
     (tmp_path / "far").mkdir()

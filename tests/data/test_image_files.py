@@ -140,7 +140,7 @@ def test_pixels_are_rotated_resized_and_cropped() -> None:
 
 
 def test_hidden_files_next_to_scored_images(tmp_path: Path) -> None:
-    """macOS writes them into archives."""
+    """macOS writes hidden files into archives; they are not scored."""
     samples = tmp_path / "00000" / "samples"
     samples.mkdir(parents=True)
     (tmp_path / "00000" / "metadata.jsonl").write_text('{"prompt": "a ring"}\n')

@@ -147,7 +147,7 @@ def test_deleted_shard_is_computed_again(tmp_path: Path) -> None:
 
 
 def test_images_whose_decoding_changed_are_encoded_again(tmp_path: Path, caplog: Any) -> None:
-    """A store as the first version wrote it: known by the bytes of the files alone, no "decoding" in its index."""
+    """The first version's store has the hashes of files alone as keys, and no "decoding" in its index."""
     source = tmp_path / "images"
     source.mkdir()
     contents = {"plain": png(9), "gray": sixteen_bits(), "clear": transparent()}

@@ -1,4 +1,4 @@
-"""Prompt files of every format, and one clear error with its line, entry or member for what is wrong."""
+"""Prompt files of every format, and for each mistake one clear error that names the line, entry or member."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PARTI = """Prompt\tCategory\tChallenge\tNote
 a red dog\tAnimals\tBasic\t
 "G I G G L E" painted on a wall, in red\tIllustrations\tWriting & Symbols\tx
 """
-"""As PartiPrompts.tsv: cells begin with a quote without being quoted."""
+"""Like PartiPrompts.tsv: cells begin with a quote but are not quoted."""
 RING, CROSS = "a ring, red", "a cross; blue"
 
 
@@ -104,10 +104,10 @@ def test_prose_is_not_taken_for_another_format(tmp_path: Path, first: str) -> No
         ("p.jsonl", '[{"prompt": "a ring"},\n {"prompt": "a cross"}]', "use the extension .json"),
         ("p.jsonl", '{"prompt": "a ring"}\n{"prompt": ', "line 2: not JSON"),
         ("p.jsonl", '{"id": 1, "text": "a ring"}', """line 1: expected one key "prompt", got 'id', 'text'. If"""),
-        ("p.jsonl", '{"prompt": 7}', "line 1: 'prompt' must be a text, got 7"),
-        ("p.jsonl", '{"prompt": "a ring"}\n{"prompt": null}', "line 2: 'prompt' must be a text, got null"),
-        ("p.jsonl", '{"prompt": {"en": "a ring"}}', 'line 1: \'prompt\' must be a text, got {"en": "a ring"}'),
-        ("p.jsonl", '\n{"prompt": "a ring"}\n{"id": 2}', "line 3: 'prompt' must be a text, got only 'id'"),
+        ("p.jsonl", '{"prompt": 7}', "line 1: 'prompt' must be a string, got 7"),
+        ("p.jsonl", '{"prompt": "a ring"}\n{"prompt": null}', "line 2: 'prompt' must be a string, got null"),
+        ("p.jsonl", '{"prompt": {"en": "a ring"}}', 'line 1: \'prompt\' must be a string, got {"en": "a ring"}'),
+        ("p.jsonl", '\n{"prompt": "a ring"}\n{"id": 2}', "line 3: 'prompt' must be a string, got only 'id'"),
         ("p.jsonl", '{"caption": "a ring", "text": "x"}', "name it with prompts.column=NAME"),
         ("p.jsonl", '"a ring"', "line 1: expected"),
         ("p.jsonl", '{"prompt": " "}', "line 1: the prompt is empty"),
@@ -184,7 +184,7 @@ def test_columns_and_metadata(tmp_path: Path) -> None:
 
 
 def test_teacher_prompts(tmp_path: Path) -> None:
-    """In every format with columns; the prompts may themselves be read from that column."""
+    """Every format with columns can have them; the prompts themselves may be read from that column, too."""
     rows = [{"prompt": "a ring", "teacher_prompt": "a red ring"}, {"prompt": "a cross", "teacher_prompt": ""}]
     table = "\n".join(",".join(row.values()) for row in [dict(zip(rows[0], rows[0], strict=True)), *rows])
     members = [("0.txt", b"a ring"), ("0.json", b'{"teacher_prompt": "a red ring"}')]
@@ -200,7 +200,7 @@ def test_teacher_prompts(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "one.jsonl", "teacher_prompt").rows == ({"prompt": "a red ring"},)
 
 
-def test_note(tmp_path: Path) -> None:
+def test_note_names_the_column_blank_lines_and_repeats(tmp_path: Path) -> None:
     path = tmp_path / "p.csv"
     path.write_text("Prompts,id\na dog,1\n,\n\na cat,2\na dog,3\n")
     assert read_prompts(path).note() == (
@@ -252,7 +252,7 @@ def test_nothing_is_extracted_and_links_are_not_followed(tmp_path: Path, monkeyp
         ([("0.jpg", b"x")], "has no member"),
         ([("0.txt", b"a\xff")], "member '0.txt': not UTF-8 at byte 1"),
         ([("0.txt", b"  \n")], "member 0.txt: the prompt is empty"),
-        ([("0.txt", b"a"), ("0.txt", b"b")], "member '0.txt': comes twice"),
+        ([("0.txt", b"a"), ("0.txt", b"b")], "member '0.txt': appears twice"),
         ([("0.txt", b"x" * (MAX_MEMBER_BYTES + 1))], f"bytes; at most {MAX_MEMBER_BYTES}"),
         ([("0.json", b'{"words": "a"}')], """member 0.json: expected one key "prompt", got 'words'"""),
         ([("0.json", b"[1")], "member 0.json: not JSON"),

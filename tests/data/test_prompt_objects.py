@@ -15,7 +15,7 @@ from gdmd.data.prompts import prompts_from, read_prompts
 
 
 class Dataset:
-    """What is used of ``datasets.Dataset``."""
+    """The part of ``datasets.Dataset`` that is used."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows, self.column_names = rows, list(rows[0])
@@ -35,7 +35,7 @@ class IterableDataset:
 
 
 class DataFrame:
-    """What is used of ``pandas.DataFrame``."""
+    """The part of ``pandas.DataFrame`` that is used."""
 
     columns = ("prompt", "n")
 
@@ -69,7 +69,7 @@ class Missing:
 
 
 def test_teacher_prompts() -> None:
-    """Not metadata of the rewards, but a part of the fingerprint; missing cells are empty ones."""
+    """Teacher prompts are not metadata for the rewards, but change the fingerprint; missing cells count as empty."""
     rows = [{"prompt": "a ring", "n": 1, "teacher_prompt": "a red ring"}]
     rows += [
         {"prompt": "a cross", "n": 2, "teacher_prompt": none} for none in (None, float("nan"), np.nan, Missing(), " ")
@@ -87,17 +87,17 @@ def test_teacher_prompts() -> None:
     )
 
 
-def test_teacher_prompt_that_is_not_a_text() -> None:
+def test_teacher_prompt_that_is_not_a_string_or_too_long() -> None:
     for wrong, message in (
-        (3, "train_dataset, index 1: 'teacher_prompt' must be a text, got 3; leave it empty where the teacher"),
-        (["a ring"], "index 1: 'teacher_prompt' must be a text, got .\"a ring\"."),
+        (3, "train_dataset, index 1: 'teacher_prompt' must be a string, got 3; leave it empty where the teacher"),
+        (["a ring"], "index 1: 'teacher_prompt' must be a string, got .\"a ring\"."),
         ("a" * 4001, "index 1, teacher_prompt: 4001 characters; at most 4000"),
     ):
         with pytest.raises(ValueError, match=message):
             prompts_from([{"prompt": "a ring"}, {"prompt": "a cross", "teacher_prompt": wrong}])
 
 
-def test_texts_files_and_tables(tmp_path: Path) -> None:
+def test_strings_files_and_tables(tmp_path: Path) -> None:
     texts = prompts_from(["a ring", "", "a cross"])
     assert texts.texts == ("a ring", "a cross") and texts.meta is None and texts.blank == 1
     (tmp_path / "p.txt").write_text("a ring\na cross\n")
@@ -111,7 +111,7 @@ def test_texts_files_and_tables(tmp_path: Path) -> None:
     [
         (["a", 3], "train_dataset, index 1: .*got 3"),
         (["a", "b\0"], r"train_dataset, index 1: the character U\+0000"),
-        ([{"prompt": "a"}, {"prompt": None}], "train_dataset, index 1: 'prompt' must be a text, got null"),
+        ([{"prompt": "a"}, {"prompt": None}], "train_dataset, index 1: 'prompt' must be a string, got null"),
         ([{"words": "a"}], 'no column is named prompt, caption or text; .*rename it to "prompt"'),
         ([], "train_dataset: has no prompts"),
         (["", " "], "train_dataset: has no prompts"),
@@ -130,7 +130,7 @@ def test_errors(given: Any, message: str) -> None:
 
 
 def test_fingerprints_of_images_and_arrays() -> None:
-    """By content; an object without content counts by its type."""
+    """Images, arrays and tensors are hashed by content; of any other object only its type counts."""
 
     def rows(shade: int, thing: object) -> Any:
         image = Image.new("RGB", (2, 2), (shade, 0, 0))
@@ -142,7 +142,7 @@ def test_fingerprints_of_images_and_arrays() -> None:
 
 
 def test_fingerprints_of_sets_and_numbered_columns() -> None:
-    """The order of a set of texts changes between processes; the columns of a table may be numbers."""
+    """The order of a set of strings changes between processes; the columns of a table may be numbers."""
     values = [f"tag {k}" for k in range(50)]
     one, same = (prompts_from([{"prompt": "a", "tags": set(order), 0: 1}]) for order in (values, values[::-1]))
     listed = prompts_from([{"prompt": "a", "tags": frozenset(values), "0": 1}])

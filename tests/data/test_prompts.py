@@ -22,7 +22,7 @@ def stream(seed: int = 0, batch: int = 16) -> PromptStream:
     return PromptStream(training_captions(), ShapesTextEncoder(), batch, seed)
 
 
-def test_captions_with_an() -> None:
+def test_an_in_a_caption_is_read_as_a() -> None:
     assert tokenize("an orange  square") == tokenize("a orange square")
     assert catalog().row("a red circle and an orange square") == catalog().row("a red circle and a orange square")
     with pytest.raises(ValueError, match="unknown word 'ant'"):
@@ -39,8 +39,8 @@ def test_stream_is_a_function_of_seed_and_step() -> None:
     assert forward[0].text != forward[1].text and stream(1).at(0).text != forward[0].text
 
 
-def test_a_step_has_other_prompts() -> None:
-    """Functions of (seed, step, number), the same for every slice; prompts without a stream have no others."""
+def test_a_step_can_draw_further_batches_of_prompts() -> None:
+    """They are functions of (seed, step, number), the same for every slice; a batch without a stream has no others."""
     first = stream().at(3)
     others = [first.another(i) for i in (1, 2)]
     assert len({first.text, *(one.text for one in others), stream().at(4).text}) == 4
@@ -55,7 +55,7 @@ def test_larger_batches_start_with_smaller_ones() -> None:
     assert stream(batch=32).at(3).text[:16] == stream(batch=16).at(3).text
 
 
-def test_groups() -> None:
+def test_samples_of_a_group_share_their_prompt() -> None:
     plain = PromptStream(training_captions(), ShapesTextEncoder(), 4, seed=5)
     grouped = PromptStream(training_captions(), ShapesTextEncoder(), 12, seed=5, group=3)
     for step in range(3):
@@ -143,7 +143,7 @@ class Counting(ShapesTextEncoder):
 
 
 def test_teacher_prompts() -> None:
-    """They follow the rows, change nothing else in a batch, and are not metadata. A missing one is the prompt."""
+    """They follow the rows, are not metadata, and change nothing else in a batch. A missing one is the prompt."""
     rows: list[dict[str, Any]] = [
         {"prompt": "a ring", "teacher_prompt": " a red ring ", "id": 1},
         {"prompt": "a cross", "teacher_prompt": "", "id": 2},
@@ -181,7 +181,7 @@ def test_metadata_follows_the_prompts() -> None:
 
 
 def test_a_column_that_some_rows_lack_is_in_every_batch() -> None:
-    """A reward function that needs it failed in the first batch, or micro-batch, none of whose rows had it."""
+    """Without this, a reward function that needs the column fails in the first batch none of whose rows has it."""
     rows = [{"prompt": "a ring", "n": 1}, {"prompt": "a cross"}]
     batch = PromptStream([["a ring", "a cross"]], ShapesTextEncoder(), 8, seed=0, rows=[rows]).at(0)
     assert set(batch.text) == {"a ring", "a cross"}

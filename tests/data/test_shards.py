@@ -42,7 +42,7 @@ def test_rows_in_any_order(shard: Path) -> None:
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part of a shard would fill a full disk for good: its name is that of the process."""
+    """A partial file would stay on the full disk for good: its name contains the process id."""
 
     def full(tensors: object, path: Path, header: object) -> None:
         path.write_bytes(b"a part")

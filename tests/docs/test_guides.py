@@ -110,7 +110,7 @@ def test_family_example_takes_adapters_and_samples() -> None:
 
 
 def test_python_guide_builds_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a miniature of the same family, up to the training; the lines after it are in tests/test_trainer.py."""
+    """It runs on a miniature of the same family, up to the training; tests/test_trainer.py covers the lines below."""
     pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     lines = code("python.md", "short_prompt_bonus").partition("trainer.train(")[0]

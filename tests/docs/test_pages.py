@@ -63,7 +63,7 @@ def parsed(words: list[str]) -> tuple[str, list[str], dict[str, Any]]:
 
 @pytest.mark.parametrize(("page", "line"), list(commands()))
 def test_command_parses(page: str, line: str) -> None:
-    """Also the recipe, its overrides and the sources it names."""
+    """The recipe, its overrides and the sources that a command names are read, too."""
     words = shlex.split(line, comments=True)
     if words[0] == "torchrun":
         words = words[words.index("--") + 1 :]
@@ -137,7 +137,7 @@ def test_code_blocks_are_fenced(page: Path) -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    """Except pages that a sweep wrote, which results.md links."""
+    """Pages that a sweep wrote are left out; results.md links them."""
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in PAGES:
         if page.is_relative_to(ROOT / "docs") and not page.is_relative_to(ROOT / "docs" / "results"):

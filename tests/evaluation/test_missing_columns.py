@@ -36,7 +36,7 @@ def write_prompts(texts: list[str], with_column: int) -> None:
 
 
 @pytest.mark.parametrize("limit", [None, 34])
-def test_evaluation(gdmd: Gdmd, limit: int | None) -> None:
+def test_evaluation_passes_none_where_a_prompt_lacks_the_column(gdmd: Gdmd, limit: int | None) -> None:
     """The second batch of 32 images has no prompt with the column."""
     texts = [f"prompt {k}" for k in range(40)]
     for number, text in enumerate(texts):
@@ -60,7 +60,7 @@ def test_evaluation(gdmd: Gdmd, limit: int | None) -> None:
     assert not {line["key"] for line in lines} & {line["key"] for line in again}, "another column is another score"
 
 
-def test_validation(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_passes_none_where_a_prompt_lacks_the_column(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each image is a batch; the first prompt, on which the scorers are tried, lacks the column."""
     monkeypatch.setattr("gdmd.evaluation.validation.image_batch", lambda cfg: 1)
     write_prompts(list(grid_captions()[:3]), 1)

@@ -24,7 +24,7 @@ def rows(steps: int = 40) -> list[dict[str, float]]:
 
 
 def test_curve_is_the_ratio_of_means_over_a_part_of_the_run() -> None:
-    """Two rows a part: (0.5 + 0) / (2 + 1), not the mean of 0.25 and 0."""
+    """A part has two rows: (0.5 + 0) / (2 + 1), not the mean of 0.25 and 0."""
     cfg = read_recipe("shapes_demo", ["loop.steps=40"])
     found = curves_of(rows(), cfg)
     assert list(found) == [EFFECTIVE, GRADIENT]
@@ -48,7 +48,7 @@ def test_ratios_read_keys_that_are_logged() -> None:
 
 
 def test_shipped_curves() -> None:
-    """Small. No healthy run of Algorithm 1 or with a reward gradient is among them."""
+    """The file is small. No healthy run of Algorithm 1 or with a reward gradient is in it."""
     assert FILE.stat().st_size < 16_000 and len(references()) >= 2
     covered = set()
     for one in references():
@@ -58,7 +58,7 @@ def test_shipped_curves() -> None:
     assert covered == {ratio.title for k, ratio in enumerate(RATIOS) if k not in (3, 6)}
 
 
-def test_page_draws_them_behind_the_curves_of_the_run(tmp_path: Path) -> None:
+def test_page_draws_healthy_runs_behind_the_curves_of_the_run(tmp_path: Path) -> None:
     cfg = read_recipe("shapes_demo", ["loop.steps=40"])
     titles = [title for title, _, _ in compared_panels(rows(), cfg)]
     assert titles == [EFFECTIVE, GRADIENT]

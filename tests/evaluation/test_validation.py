@@ -69,7 +69,7 @@ def expected(components: Components, teacher: bool) -> dict[str, float]:
 
 
 def test_scores_are_those_of_the_ema_student_and_of_the_teacher(gdmd: Gdmd) -> None:
-    """Computed again from the checkpoint, image by image."""
+    """They equal scores computed again from the checkpoint, image by image."""
     gdmd.trained(*EVERY)
     components, step = open_student(config_of(Path("run")), Path("run"))
     assert step == 2
@@ -153,7 +153,7 @@ def test_images_without_a_score_are_left_out(gdmd: Gdmd) -> None:
 
 
 def test_best_checkpoint_by_a_validation_score(gdmd: Gdmd) -> None:
-    """Of the validated checkpoints, the one with the best score of its own step."""
+    """The best is the validated checkpoint with the best score at its own step."""
     metric = "validation/shapes_clip_heldout"
     gdmd.trained(*EVERY, f"loop.best_metric={metric}", "loop.steps=4")
     found = {step: scores("run", step)[metric] for step in (2, 4)}
@@ -252,7 +252,7 @@ def test_a_remote_scorer_is_not_held_out_from_training_on_what_it_serves(trained
     ],
 )
 def test_lost_diversity_is_reported(diversity: list[float], status: str) -> None:
-    """With rising trained scores; the panel also says what to do, and shows the curve."""
+    """Trained scores rise; the panel says what to do, and shows the curve."""
     rows = validated(RISING, RISING)
     rows = [row | {f"validation/{DIVERSITY}": value} for row, value in zip(rows, diversity, strict=True)]
     rows[0][f"validation/teacher/{DIVERSITY}"] = 0.4
@@ -264,7 +264,7 @@ def test_lost_diversity_is_reported(diversity: list[float], status: str) -> None
 
 
 def test_advice_names_the_options_of_the_method() -> None:
-    """The reward gradient first, as far as it is on; nothing for a method without rewards."""
+    """It names the reward gradient first, if that is on; a method without rewards gets no advice."""
     tilted = against_hacking(read_recipe("shapes_gradient"))
     assert "validation/shapes_clip_heldout" in tilted and tilted.index("reward_gradient") < tilted.index("method.gamma")
     assert "reward_gradient" not in against_hacking(read_recipe("shapes"))
@@ -305,7 +305,7 @@ def test_validation_rows_do_not_count_as_training() -> None:
 
 
 def test_validation_scores_are_not_part_of_the_statistics_of_training() -> None:
-    """Of prompts without text for OCR, and of the parts of a composite."""
+    """Neither prompts without text for OCR nor the parts of a composite are counted."""
     ocr = OCR.from_modules(lambda image: "")
     composite = Composite([Part(ocr)])
     batch = PromptBatch(torch.arange(1), ("a cat",), torch.arange(1), {}, {})

@@ -1,4 +1,4 @@
-"""Trained pipelines through every export: plain diffusers draws the trainer's images with each of them."""
+"""Every export of trained pipelines: with each, plain diffusers draws the trainer's images."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SETTINGS = {
     "loop.threads": "1",
 }
 TOLERANCE = 1e-4
-"""Largest difference of a channel of a pixel, in [0, 1]."""
+"""Largest difference in a channel of a pixel, on a scale from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Trained:
     wanted: Tensor
 
     def difference(self, pipe: Any, patch: pytest.MonkeyPatch, *, bound: bool = False) -> float:
-        """Of the pipeline's images from the trainer's."""
+        """The largest difference of the pipeline's images from the trainer's."""
         drawn = stock_images(pipe, self.roles, self.noises, patch, self.captions, bound=bound)
         return float((drawn - self.wanted).abs().max())
 
@@ -135,7 +135,7 @@ def test_student_on_the_hub(
         hub.account = account(role="read")
         with pytest.raises(SystemExit):
             main(["export", str(trained.run), "-o", str(tmp_path / "refused"), "--push-to-hub", "me/student"])
-        assert "the token may only read" in capfd.readouterr().err and not (tmp_path / "refused").exists()
+        assert "the token is read-only" in capfd.readouterr().err and not (tmp_path / "refused").exists()
     assert trained.difference(pipe, monkeypatch, bound=True) <= TOLERANCE
     assert trained.difference(names["pipe"], monkeypatch) <= TOLERANCE
 
@@ -151,7 +151,7 @@ def test_training_uploads_its_checkpoints_and_its_student(
         assert "uploaded to" in capfd.readouterr().err
         with pytest.raises(SystemExit) as refused:
             main([*command, "--push-to-hub", "someone/else", "--run", str(tmp_path / "other")])
-        assert refused.value.code == 2 and "does not belong to someone" in capfd.readouterr().err
+        assert refused.value.code == 2 and "is not a member of someone" in capfd.readouterr().err
         assert not (tmp_path / "other").exists(), "refused before training"
     there = tmp_path / "hub" / "me"
     assert (there / "student" / "pytorch_lora_weights.safetensors").is_file()
@@ -190,7 +190,7 @@ def test_all_exports_on_one_page(trained: Trained, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trained", ["sdxl"], indirect=True)
 def test_scores_of_the_ema_are_not_on_the_card_of_the_last_weights(trained: Trained, tmp_path: Path) -> None:
-    """Nor are its sample images."""
+    """The card of the last weights has neither the scores nor the sample images of the EMA weights."""
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
     step = config_of(run).loop.steps

@@ -1,4 +1,4 @@
-"""A student in training as a stock pipeline: it draws the trainer's images and leaves the training alone."""
+"""A student in training as a stock pipeline: it draws the trainer's images and does not affect the training."""
 
 from __future__ import annotations
 

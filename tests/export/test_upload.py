@@ -1,4 +1,4 @@
-"""Uploads to the Hub, against a local stand-in: the same bytes arrive, errors say what to do, no message has the token."""
+"""Uploads to a local stand-in for the Hub: the same bytes arrive, errors say what to do, no message has the token."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ def test_only_the_newest_checkpoint_is_on_the_hub(hub: type[UploadHub], tmp_path
     ("where", "status", "words"),
     [
         ("/create", 401, "does not accept the token"),
-        ("/create", 403, "may not write there"),
-        ("/preupload", 403, "may not write there"),
+        ("/create", 403, "no write access there"),
+        ("/preupload", 403, "no write access there"),
         ("/commit", 409, "changed during the upload"),
         ("/commit", 500, "the Hub answered 500"),
-        ("/storage", 403, "may not write there"),
+        ("/storage", 403, "no write access there"),
     ],
 )
 def test_refused_uploads(hub: type[UploadHub], folder: Path, where: str, status: int, words: str) -> None:
@@ -106,11 +106,11 @@ def test_refused_uploads(hub: type[UploadHub], folder: Path, where: str, status:
 
 def test_check_before_training(hub: type[UploadHub], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_hub_target("me/student")
-    assert "me does not belong to someone; give a name of me, team" in refused("check", folder, "someone/student")
+    assert "me is not a member of someone; use one of me, team" in refused("check", folder, "someone/student")
     hub.account = account(org_role="read")
-    assert "me may only read in team" in refused("check", folder, "team/student")
+    assert "me can only read from team" in refused("check", folder, "team/student")
     hub.account = account(role="read")
-    assert "the token may only read" in refused("check", folder)
+    assert "the token is read-only" in refused("check", folder)
     assert "does not accept the token" in refused("check", folder, token="hf_another")
     assert "a space or a special character" in refused("check", folder, token="hf_two\nlines")
     monkeypatch.delenv("HF_TOKEN")

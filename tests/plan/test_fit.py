@@ -34,7 +34,7 @@ with_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, r
 
 
 def size(tensor: Any) -> int:
-    """Bytes of a tensor; of a torchao tensor, those of its parts."""
+    """Bytes of a tensor; for a torchao tensor, those of its parts."""
     parts = [getattr(tensor, name) for name in getattr(tensor, "tensor_data_names", ())] or [tensor]
     return sum(part.numel() * part.itemsize for part in parts)
 
@@ -88,7 +88,7 @@ def test_memory_of_a_quantized_layer() -> None:
 def test_fit_takes_the_cheapest_changes(
     folders: Path, name: str, wanted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a GPU that needs both, and of one for which smaller micro-batches are enough: embeddings are tried and dropped."""
+    """sd3 needs both changes; for sdxl smaller micro-batches are enough, so embeddings are tried and dropped."""
     monkeypatch.setattr(search, "SMALLEST", 1)  # tiny pipelines
     given = recipe(folders, name, batch=8).model_dump(mode="json")
     large = gpu_of("h100")
@@ -105,7 +105,7 @@ def test_fit_takes_the_cheapest_changes(
 
 
 def test_every_change_can_be_read(folders: Path) -> None:
-    """Of a recipe for which all of them apply; a reward on the CPU takes no memory of the GPU."""
+    """All changes apply to this recipe; a reward on the CPU takes no GPU memory, so no change is about it."""
     parts = [{"reward": {"kind": "hps", "device": "cpu"}}, {"reward": {"kind": "pickscore"}}]
     rewards = [{"kind": "clip"}, {"kind": "imagereward", "device": "cpu"}, {"kind": "composite", "parts": parts}]
     cfg = recipe(folders, "sd3", batch=8, checkpointing=False, family="sd3", decode_chunk=8)
@@ -121,7 +121,7 @@ def test_every_change_can_be_read(folders: Path) -> None:
 
 
 def test_every_change_of_a_sharded_recipe_can_be_read(folders: Path) -> None:
-    """Full copies, whose 8-bit optimizer state cannot be sharded."""
+    """The recipe has full copies; their 8-bit optimizer state cannot be sharded."""
     given = recipe(folders, "sd3", full="both").model_dump(mode="json")
     given["loop"]["sharding"] = "full"
     found = list(search.changes(plan(load_config(RunConfig, given), gpu_of("12"), 0.4)))
@@ -131,10 +131,10 @@ def test_every_change_of_a_sharded_recipe_can_be_read(folders: Path) -> None:
 
 
 def test_fit_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """Less memory than the reserve: nothing helps, and the exit code is 1."""
+    """With less memory than the reserve nothing helps, and the exit code is 1."""
     arguments = ["plan", "shapes_smoke", "loop.batch_size=4", "--gpu", "0.5", "--fit"]
     assert app(arguments, standalone_mode=False) == 1
-    assert "do not fit in 0.5 GiB, 95% of a GPU of 0.5 GiB. Take a smaller loop.batch_size" in capsys.readouterr().out
+    assert "does not fit in 0.5 GiB, 95% of a GPU of 0.5 GiB. Use a smaller loop.batch_size" in capsys.readouterr().out
     assert not app(
         ["plan", "shapes_smoke", "loop.batch_size=4", "--gpu", "12", "--fit", "--json"], standalone_mode=False
     )

@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(folders: Path, name: str = "sd3", **model: Any) -> RunConfig:
-    """With one step, so that every iteration makes the same calls."""
+    """A recipe with one student step, so that every iteration makes the same calls."""
     return RunConfig(
         name="tiny",
         model=tiny.config(folders / name, forward_chunk=2, **model),
@@ -73,7 +73,7 @@ def test_planned_copies_are_those_of_an_iteration(
 
 
 def test_memory_that_is_left(folders: Path) -> None:
-    """With the base model offloaded its two largest blocks are counted: one computes, the next comes."""
+    """With the base model offloaded its two largest blocks are counted: one computes, the next is being copied."""
     none, idle, base = (planned(folders, "sdxl", offload=how).cost for how in ("none", "idle", "base"))
     assert none.transfers.bytes(4) == 0 < idle.transfers.bytes(4) < base.transfers.bytes(4)
     encoders = none.static["text encoders"]

@@ -64,7 +64,7 @@ def recipe(folders: Path, name: str, method: Any = None, batch: int = 2, **model
 
 
 def planned(cfg: RunConfig) -> TrainingPlan:
-    """Computed once per recipe."""
+    """The plan of a recipe, computed once per recipe."""
     key = cfg.model_dump_json()
     if key not in _PLANS:
         _PLANS[key] = plan(cfg, GPU, 0.4)
@@ -139,7 +139,7 @@ def test_plan_equals_the_real_run(folders: Path) -> None:
 
 @pytest.mark.parametrize("name", tiny.BUILD)
 def test_meta_pipeline_equals_the_loaded_one(folders: Path, name: str) -> None:
-    """Weights, conditioning shapes and FLOP of a forward pass of every family."""
+    """Weights, conditioning shapes and FLOP of a forward pass are equal for every family."""
     cfg = tiny.config(tiny.saved(folders, name))
     loaded, meta = open_family(cfg), meta_family(cfg).family
     assert numel(meta.net.parameters()) == numel(loaded.net.parameters())
@@ -221,7 +221,7 @@ def test_reward_inside_the_students_update(folders: Path, checkpointing: bool) -
 
 
 def test_validation_decodes_with_the_models_own_decoder(folders: Path) -> None:
-    """Also in a run without rewards, and in one whose rewards see the images of a tiny decoder."""
+    """It does so in a run without rewards, too, and in one whose rewards see the images of a tiny decoder."""
     phase, cfg = "validation images", recipe(folders, "sd3")
     rewarded = planned(recipe(folders, "sd3", GDMDConfig(group_size=2)))
     assert planned(cfg).cost.peaks(2)[phase] == rewarded.cost.decoding > 0 == planned(cfg).cost.decoding
@@ -252,7 +252,7 @@ def test_adamw8bit_state_is_counted(folders: Path) -> None:
 
 
 def test_pairs_that_dmd_keeps(folders: Path) -> None:
-    """As many bytes as the method holds after the iterations that solve them."""
+    """The plan counts as many bytes as the method holds after the iterations that solve the pairs."""
     method = DMDConfig(
         fake_updates=1, step_draw="batch", regression_weight=0.2, regression_steps=1, regression_batches=2
     )
@@ -350,8 +350,8 @@ def test_the_real_method_makes_the_counted_decoder_passes(
 
 @pytest.mark.parametrize("micro_batch", [0, 2])
 @pytest.mark.parametrize("rewards", [1, 2])
-def test_reward_gradients_are_taken_of_micro_batches(folders: Path, rewards: int, micro_batch: int) -> None:
-    """... and the graph is kept until the last reward's backward pass."""
+def test_reward_gradients_are_planned_by_micro_batch(folders: Path, rewards: int, micro_batch: int) -> None:
+    """The graph of a micro-batch is kept until the last reward's backward pass."""
     batch = 8
     cfg = recipe(folders, "sd3", GDMDConfig(group_size=2, scored_step=0.0), batch=batch)
     loop = cfg.loop.model_copy(update={"micro_batch": micro_batch})

@@ -67,7 +67,7 @@ METHODS: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_hooks_count_what_the_dry_run_counts(name: str) -> None:
-    """Up to the rollout's length, which is drawn: 0 or 1 step before the last one."""
+    """They agree up to the rollout's length, which is random: 0 or 1 step before the last one."""
     profiler = tiny(*METHODS[name], "method.student_steps=[1.0,0.5]", "loop.steps=64")
     for step in range(2):
         profiler.round(step)
@@ -122,7 +122,7 @@ def test_host_syncs_are_counted_by_line() -> None:
 
 
 def test_time_and_memory_are_those_of_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's functions speak of the current device, which is the first GPU, unless they are told another."""
+    """torch's functions refer to the current device, which is the first GPU, unless they are given another."""
     profiler, asked = tiny(), list[Any]()
     for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda *device: asked.append(device) or 2**20)
@@ -185,7 +185,7 @@ def test_calls_of_adapters_are_told_apart(tmp_path: Path, family: str, full: str
 
 @pytest.mark.parametrize("full", ["none", "both"])
 def test_calls_of_a_blended_teacher(tmp_path: Path, full: str) -> None:
-    """DMDR's real score; of full copies it is a network that is created in every iteration."""
+    """DMDR's real score is such a teacher; with full copies it is a network that every iteration creates."""
     method = {"kind": "dmdr", "cold_start": 10**6, "fake_updates": 2, "student_steps": [1.0], "guidance": 3.0}
     profiler = of_pipeline(tmp_path, "sd15", method, full=full)
     for step in range(2):
@@ -196,7 +196,7 @@ def test_calls_of_a_blended_teacher(tmp_path: Path, full: str) -> None:
 
 
 def test_feature_calls_of_a_gan_head(tmp_path: Path) -> None:
-    """On a UNet they stop after the mid block, and cost a share of a forward pass."""
+    """On a UNet, feature calls stop after the mid block and cost a share of a forward pass."""
     pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     import tiny_pipelines

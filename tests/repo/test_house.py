@@ -1,4 +1,4 @@
-"""Rules of the house that neither ruff nor import-linter (`make lint`) checks."""
+"""Rules of the project that neither ruff nor import-linter (`make lint`) checks."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_has_every_file_of_the_package(wheel: Path) -> None:
-    """Recipes, templates, text files, networks and small pipelines included."""
+    """The wheel includes recipes, templates, text files, networks and small pipelines."""
     files = [file.relative_to(ROOT) for file in (ROOT / "gdmd").rglob("*") if file.is_file()]
     shipped = {file.as_posix() for file in files if "__pycache__" not in file.parts}
     assert shipped <= contents(wheel).keys()
@@ -55,7 +55,7 @@ def test_wheel_has_every_file_of_the_package(wheel: Path) -> None:
 
 
 def test_installed_wheel_works(wheel: Path, tmp_path: Path) -> None:
-    """With the dependencies of this environment, but without its copy of gdmd."""
+    """The wheel runs with the dependencies of this environment, but without its copy of gdmd."""
     where = tmp_path / "site"
     pip = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", where, wheel)
     run(sys.executable, *pip, folder=tmp_path)
@@ -74,7 +74,7 @@ def test_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_one_version() -> None:
-    """Of the package, its metadata and its citation."""
+    """The package, its metadata and its citation have the same version."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert project["version"] == str(citation["version"]) == __version__

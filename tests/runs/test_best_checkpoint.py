@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def save(folder: Path, *values: tuple[int, float | None], direction: str = "max", metric: str = "reward") -> None:
-    """Checkpoints of these steps with these values, the newest two of which are kept."""
+    """Save checkpoints at these steps with these values; the newest two are kept."""
     for step, value in values:
         candidate = None if value is None else Best(step, metric, direction, value)  # type: ignore[arg-type]
         checkpoint.save(folder, step, {"student": {"w": torch.tensor(step)}}, {}, 2, candidate)

@@ -159,7 +159,7 @@ def test_leftovers_of_a_killed_save(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step_000005", "step_000015"]
 
 
-def test_set_aside_after(tmp_path: Path) -> None:
+def test_checkpoints_after_a_step_are_set_aside(tmp_path: Path) -> None:
     save_steps(tmp_path, 5, 10, 15)
     moved = checkpoint.set_aside_after(tmp_path, 5)
     assert [path.name for path in moved] == ["step_000010.damaged", "step_000015.damaged"]

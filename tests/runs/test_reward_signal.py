@@ -1,4 +1,4 @@
-"""When a reward of a run says nothing: by its logged rows, never by a single batch."""
+"""Rewards of a run that score nothing or give no signal, judged from its logged rows, never from a single batch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def same(unscored: float, spread: float, steps: int) -> list[dict[str, float]]:
         (same(0.99, 0.1, 100), IMAGES, True, False),
     ],
 )
-def test_silent(rows: list[dict[str, float]], batch: int, finished: bool, silent: bool) -> None:
+def test_rewards_without_scores(rows: list[dict[str, float]], batch: int, finished: bool, silent: bool) -> None:
     assert signal(rows, batch).silent(finished) == (["a/b"] if silent else [])
 
 
@@ -59,7 +59,7 @@ def test_silent(rows: list[dict[str, float]], batch: int, finished: bool, silent
         (same(1, NAN, 100), True, False),
     ],
 )
-def test_constant(rows: list[dict[str, float]], finished: bool, constant: bool) -> None:
+def test_rewards_with_equal_scores(rows: list[dict[str, float]], finished: bool, constant: bool) -> None:
     assert signal(rows).constant(finished) == (["a/b"] if constant else [])
 
 
@@ -77,7 +77,7 @@ def test_constant(rows: list[dict[str, float]], finished: bool, constant: bool) 
         ({"weight/effective": 1.0}, False),  # one of the targets has all the weight
     ],
 )
-def test_no_signal(more: dict[str, float], flat: bool) -> None:
+def test_rewards_that_tell_no_images_of_a_prompt_apart(more: dict[str, float], flat: bool) -> None:
     found = signal([one | more for one in same(0, 0.5, WINDOW)])
     assert found.no_signal(False) == found.failed(True) == flat and not found.failed(False)
 
@@ -92,7 +92,7 @@ def test_rounding_is_not_a_spread() -> None:
     assert signal(near).constant(True) == ["a/b"] and signal(same(0, 1e-6, 4)).constant(True) == []
 
 
-def test_sparse() -> None:
+def test_rewards_that_leave_out_most_images() -> None:
     assert signal(same(0.75, 0.1, WINDOW)).sparse(False) == {"a/b": 0.75}
     assert signal(same(0.5, 0.1, WINDOW)).sparse(False) == {} == signal(same(0.75, 0.1, 3)).sparse(False)
 
@@ -103,7 +103,7 @@ def test_state_round_trip_and_older_rows() -> None:
     assert found.counts["a/b"].silent == 2 and RewardSignal.load(asdict(found)) == found
 
 
-def test_findings() -> None:
+def test_findings_name_the_reward_and_the_problem() -> None:
     assert findings(same(1, NAN, 4), 2, 4) == [
         "Reward a/b scored no image: its samples were trained by distillation alone."
     ]

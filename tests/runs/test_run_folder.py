@@ -97,7 +97,7 @@ def test_path_is_a_file(tmp_path: Path) -> None:
 def test_unwritable_place_is_found_before_the_networks_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the check that ``gdmd train`` makes first; the folder itself is created last."""
+    """``check_new``, which ``gdmd train`` calls first, reports it; the folder itself is created last."""
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot write the run folder .*file/run: .*file is a file. A part of the path"):
         rundir.check_new(tmp_path / "file" / "run", CONFIG)

@@ -34,7 +34,7 @@ def pixels(source: Source, texts: list[str], images: int = 2, batch: int = 100, 
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal up to one of the 256 levels: another batch, or another order of sums."""
+    """Equal up to one of 256 levels, which another batch or another order of sums may change."""
     return bool(((a - b).abs() < 1.01 / 255).all())
 
 
@@ -113,7 +113,7 @@ def pipeline(folders: Path, name: str) -> Path:
 
 
 def exported(folders: Path, name: str, target: Path, **changes: Any) -> tuple[Any, Path]:
-    """A changed student: its components, and its export without a training run."""
+    """The components of a changed student, and its export, without a training run."""
     import tiny_pipelines as tiny
 
     from gdmd.config.run import RunConfig
@@ -269,7 +269,7 @@ def test_a_folder_of_thousands_of_images_is_read_in_seconds(tmp_path: Path) -> N
 
 
 def test_size_between_two_patches(tmp_path: Path) -> None:
-    """FLUX works on multiples of 16 pixels; diffusers makes an image of 16 x 32 pixels where 24 x 32 are asked for."""
+    """FLUX works on multiples of 16 pixels; diffusers makes an image of 16 x 32 pixels if asked for 24 x 32."""
     import tiny_pipelines
     from diffusers import AutoencoderKL
 
@@ -440,7 +440,7 @@ def test_grid_of_several_sizes(gdmd: Gdmd) -> None:
     assert few.code == 2 and "has 2 images of 'a cat'" in few.err and "ask for at most 2 with -n" in few.err
 
     def boxes(name: str) -> list[tuple[int, int]]:
-        """Width and height of the red places of a grid, column by column."""
+        """Width and height of the red areas of a grid, column by column."""
         red = (from_pil([Image.open(name)])[0] - torch.tensor([250 / 255, 0, 0])[:, None, None]).abs().sum(0) < 1e-3
         columns = red.any(0).long()
         edges = (columns.diff().nonzero().flatten() + 1).tolist()

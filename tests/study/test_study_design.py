@@ -79,7 +79,7 @@ def test_attention_checks() -> None:
             assert intact in drawn.images and ruined in drawn.ruined
 
 
-def test_against() -> None:
+def test_against_compares_every_model_with_one_only() -> None:
     plan = draw_plan(CFG.model_copy(update={"against": "dmd2"}), MODELS, PROMPTS).plan
     model_pairs = {frozenset(models) for rater in range(9) for _, *models in pairs_of(plan, rater)}
     assert model_pairs == {frozenset(("ours", "dmd2")), frozenset(("dmd2", "sdxl"))}
@@ -87,7 +87,7 @@ def test_against() -> None:
         draw_plan(CFG.model_copy(update={"against": "gan"}), MODELS, PROMPTS)
 
 
-def test_impossible_numbers() -> None:
+def test_impossible_study_settings_are_errors() -> None:
     with pytest.raises(ValueError, match="lower --pairs"):
         draw_plan(StudyConfig(pairs_per_rater=61, raters=3), MODELS[:2], PROMPTS)
     for wrong in ({"repeats": 70}, {"votes_per_pair": 11}, {"questions": ("overall", "overall")}, {"questions": ()}):

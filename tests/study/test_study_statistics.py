@@ -96,7 +96,7 @@ def test_one_rater_has_no_clustered_interval() -> None:
     assert all(map(math.isnan, stats.bootstrap_mean([1.0, 0.0], [0, 1], [0, 0], 200)))
 
 
-def test_votes_needed() -> None:
+def test_votes_needed_to_detect_a_win_rate() -> None:
     assert (votes_needed(0.55), votes_needed(0.60), votes_needed(0.40)) == (783, 194, 194)
     with pytest.raises(ValueError, match="no number of votes"):
         votes_needed(0.5)

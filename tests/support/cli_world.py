@@ -35,7 +35,7 @@ TINY = (
 
 
 def run_gdmd(*arguments: object) -> None:
-    """Call the program in this process; it ends with 0."""
+    """Call the program in this process; it must exit with 0."""
     with pytest.raises(SystemExit) as ended:
         main([str(one) for one in arguments])
     assert not ended.value.code
@@ -122,5 +122,5 @@ def make_assets(folder: Path) -> Path:
 
 
 def folder_state(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder and what is in it."""
+    """Every file of a folder and its content."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -26,7 +26,7 @@ class Hang(BaseException):
 
 
 class Trap:
-    """Unpickled, it leaves a mark."""
+    """An object that leaves a mark when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

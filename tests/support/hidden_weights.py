@@ -1,4 +1,4 @@
-"""Weights that are offloaded, on a machine without a GPU: on the host they are NaN, and only copies have their values."""
+"""Offloaded weights on a machine without a GPU: on the host they are NaN, and only copies have their values."""
 
 from __future__ import annotations
 

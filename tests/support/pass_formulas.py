@@ -26,7 +26,7 @@ TRAINED = 1 + BACKWARD
 
 
 def every_place(method: DistillationConfig) -> Tensor:
-    """Each step once: tau is uniform over the N steps, so their mean cost is the expected one. [N] int64"""
+    """The index of each step: tau is uniform over the N steps, so their mean cost is the expected one. [N] int64"""
     return torch.arange(len(method.student_steps))
 
 
@@ -43,7 +43,7 @@ def iteration_passes(method: MethodConfig, step: int, places: Tensor) -> float:
             more = method.extra_fake_updates * TRAINED
             return rollout + more + method.group_size * (TRAINED + score + TRAINED)
         case DMD2Config():
-            judged = TRAINED if method.adversarial else 0  # a head's trunk is the fake: real and student latents
+            judged = TRAINED if method.adversarial else 0  # a head reads features of the fake score: real, student
             rollouts = rollout * _rollouts(method)
             return rollouts + method.fake_updates * (TRAINED + 2 * judged) + score + TRAINED + judged
         case DMDRConfig():
@@ -77,7 +77,7 @@ def _dmdr_student(method: DMDRConfig, step: int) -> float:
 
 
 def _added(method: DMDConfig | DMDReFLConfig | DMDNFTConfig | DMDGRPOConfig, step: int) -> float:
-    """What comes to DMD's own calls: pairs of the teacher's ODE, or scored rollouts and their loss."""
+    """What is added to DMD's own calls: pairs of the teacher's ODE, or scored rollouts and their loss."""
     steps, updates = len(method.student_steps), method.student_updates
     match method:
         case DMDConfig() if method.regression_weight > 0:

@@ -1,4 +1,4 @@
-"""Random LoRAs of the shipped miniature pipelines, as files of other programs."""
+"""Random LoRAs for the shipped miniature pipelines, as files that other programs would write."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pipeline(name: str, where: str | Path = "") -> Any:
 def write_lora(
     file: Path, name: str, seed: int, ends: tuple[str, ...], parts: Sequence[str] = ("unet",), *, kohya: bool = False
 ) -> Path:
-    """A LoRA of rank 2 of these parts of a miniature, of the layers whose names end so; with kohya's keys, alpha is 1."""
+    """A LoRA of rank 2 for these parts of a miniature, for layers with these endings; with kohya's keys, alpha is 1."""
     drawn, tensors, pipe = torch.Generator().manual_seed(seed), dict[str, Tensor](), pipeline(name)
     for part in parts:
         for layer, module in getattr(pipe, part).named_modules():

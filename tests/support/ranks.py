@@ -25,7 +25,7 @@ from gdmd.cli.app import exit_code, report
 from gdmd.training.distributed import DistributedContext, session
 
 BROKEN = 99
-"""Exit code of a rank that failed in a way that the program does not know."""
+"""Exit code of a rank that failed in a way unknown to the program."""
 
 
 @contextmanager

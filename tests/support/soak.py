@@ -41,7 +41,7 @@ KNOWN = {"config.yaml", "run.json", "metrics.jsonl", "tb", "grids", "checkpoints
 
 @dataclass
 class Kills:
-    """The findings; the fields after ``seconds`` must be empty or at most the checkpoint interval."""
+    """The findings; fields after ``seconds`` must be empty, or at most the checkpoint interval."""
 
     kills: int = 0
     runs: int = 0
@@ -56,7 +56,7 @@ class Kills:
     most_steps_lost: int = 0
 
     def ok(self, interval: int) -> bool:
-        """Nothing differs, died, was left behind or lost beyond the interval."""
+        """Whether nothing differs, died, was left behind or was lost beyond the interval."""
         return not (self.different or self.died_by_themselves or self.leftovers or self.most_steps_lost > interval)
 
 
@@ -173,7 +173,7 @@ class Flat:
     bytes_per_row: list[float] = field(default_factory=list)
 
     def ok(self) -> bool:
-        """No handle more, memory within 8 MiB, lines within 5 %."""
+        """Whether there is no additional handle, memory grew by less than 8 MiB, and log lines by less than 5 %."""
         grown = self.rss_mib[1] - self.rss_mib[0]
         rows = self.bytes_per_row[1] / self.bytes_per_row[0]
         return self.handles[1] <= self.handles[0] and grown < 8 and abs(rows - 1) < 0.05

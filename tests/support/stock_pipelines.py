@@ -29,7 +29,7 @@ CAPTIONS = list(tiny.WORDS[:2])
 
 @cache
 def shared(folder: Path) -> Family:
-    """For tests that change nothing."""
+    """A family for tests that do not change it."""
     return open_family(tiny.config(folder))
 
 

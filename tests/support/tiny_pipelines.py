@@ -326,7 +326,7 @@ def qwen_image() -> QwenImagePipeline:
 
 
 def sana() -> SanaPipeline:
-    """With the scheduler of its first release, which uses Euler's method as we do."""
+    """Sana with the scheduler of its first release, which uses Euler's method, as gdmd does."""
     words = qwen_words()
     encoder = Gemma2Model(
         Gemma2Config(

@@ -30,7 +30,7 @@ from gdmd.types import PromptBatch, Reward
 WORDS = 50
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LENGTH, START, END = 9, 62, 63
-"""Of ``tokenize``: tokens per text, start and end token."""
+"""For ``tokenize``: tokens per text, start and end token."""
 TASK = {
     "tag": "single_object",
     "prompt": "a dog",
@@ -51,7 +51,7 @@ def random_images(count: int = 4, height: int = 61, width: int = 83, seed: int =
 
 
 def tokenize(texts: Sequence[str]) -> Mapping[str, Tensor]:
-    """One token per letter, with start and end tokens, padded with the end token as CLIP's tokenizer does."""
+    """One token per letter, with start and end tokens, padded with the end token as by CLIP's tokenizer."""
     rows = [[START] + [ord(letter) % 60 for letter in text[: LENGTH - 2]] + [END] for text in texts]
     ids = torch.tensor([row + [END] * (LENGTH - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (LENGTH - len(row)) for row in rows])

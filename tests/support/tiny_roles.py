@@ -187,7 +187,7 @@ def cut(value: Any, start: int, stop: int) -> Any:
 
 @dataclass
 class Watched:
-    """A denoiser that writes its calls into a diary shared with others."""
+    """A denoiser that appends its calls to a list shared with others."""
 
     name: str
     denoiser: Denoiser
@@ -215,7 +215,7 @@ def grouped(size: int = 4) -> PromptBatch:
 
 
 def watch(roles: ShapesRoles) -> list[Call]:
-    """Put a diary under teacher, fake, student and old; returns it."""
+    """Record the calls of teacher, fake, student and old; returns the record."""
     diary: list[Call] = []
     for name in ("teacher", "fake", "student", "old"):
         setattr(roles, name, Watched(name, getattr(roles, name), diary))

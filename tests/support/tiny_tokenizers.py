@@ -53,7 +53,7 @@ def qwen_words(*more: str) -> Qwen2Tokenizer:
 
 
 def qwen3_vl(words: Qwen2Tokenizer) -> Qwen3VLConfig:
-    """16 numbers a token, after each of two layers."""
+    """A config with 16 numbers per token after each of two layers."""
     rope = {"mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True}
     shared = {"hidden_size": 16, "intermediate_size": 16}
     text = {**shared, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}

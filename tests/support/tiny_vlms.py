@@ -50,7 +50,7 @@ def hpsv3_config(tokens: int, image: int) -> dict[str, Any]:
 
 
 def hpsv3_words() -> transformers.Qwen2Tokenizer:
-    """A tokenizer in which HPSv3's instruction has one token a word."""
+    """A tokenizer in which HPSv3's instruction has one token per word."""
     return chat_words(hpsv3._INSTRUCTION)
 
 

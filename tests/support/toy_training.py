@@ -37,7 +37,7 @@ def untimed_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def student_weights(run: Path) -> dict[str, Tensor]:
-    """Those of the newest checkpoint."""
+    """The student's weights in the newest checkpoint."""
     saved = checkpoint.load_newest(run / "checkpoints")
     assert saved is not None
     return dict(saved.part("student"))

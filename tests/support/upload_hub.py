@@ -21,7 +21,7 @@ from gdmd.hub import offline, unreachable
 
 TOKEN = "hf_SecretOfTheTest0123456789"  # noqa: S105
 LARGE = 10_000
-"""Bytes from which a file goes to the large file storage."""
+"""Size in bytes from which a file goes to the large file storage."""
 
 
 class UploadHub(_Hub):
@@ -78,7 +78,7 @@ class UploadHub(_Hub):
         return b"".join(parts)
 
     def _allowed(self, *, open_to_all: bool = False) -> bool:
-        """Whether the request has the token, and no answer is set for it; else it is answered, rudely, with the token."""
+        """Whether the request has the token and no answer is set for it; else it is refused, naming the token."""
         given = self.headers.get("Authorization", "")
         status = next((status for part, status in self.answers.items() if part in self.path), 0)
         status = status or (0 if open_to_all or given == f"Bearer {TOKEN}" else 401)
@@ -94,7 +94,7 @@ class UploadHub(_Hub):
         self._json(409 if there else 200, {"url": f"http://{self.headers['Host']}/{name}", "error": "it exists"})
 
     def _place(self, one: dict[str, Any]) -> dict[str, Any]:
-        """Where a large file goes; nowhere if it is there."""
+        """Where a large file is uploaded to; nowhere if the hub has it."""
         if one["oid"] in self.large:
             return one
         return {**one, "actions": {"upload": {"href": f"http://{self.headers['Host']}/storage/{one['oid']}"}}}

@@ -78,7 +78,7 @@ class Browser:
         self.send("POST", self.session + "/url", {"url": url})
 
     def run(self, script: str) -> Any:
-        """The value of a script's return."""
+        """Run a script; returns the value of its return statement."""
         return self.send("POST", self.session + "/execute/sync", {"script": script, "args": []})
 
     def click(self, selector: str) -> None:
@@ -98,7 +98,7 @@ class Browser:
         self.send("POST", self.session + "/actions", {"actions": [finger]})
 
     def press(self, *keys: str) -> None:
-        """Keys by name (KEYS) or letter, one after the other."""
+        """Press keys, given by name (KEYS) or letter, one after the other."""
         strokes = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
         self.send("POST", self.session + "/actions", {"actions": [{"type": "key", "id": "keys", "actions": strokes}]})
 

@@ -1,4 +1,4 @@
-"""A sweep end to end: stopped and continued, a failing run next to good ones, nothing done twice."""
+"""A sweep end to end: it is stopped and continued, a failing run leaves the others alone, nothing is done twice."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ images: {rows: [gdmd], per_cluster: 1, captions: 2}
 VARYING = {"seconds", "cell_seconds", "images_per_s", "images_per_s_decoded", "peak_memory_mib", "commit"}
 """Times and the state of the checkout; everything else must be equal bit for bit."""
 LIMIT = 300.0
-"""Seconds that a wait may take on a busy machine."""
+"""Longest wait on a busy machine, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def gdmd_run(config: Path) -> SweepRun:
 
 
 def work(run: SweepRun, out: Path) -> dict[str, Any]:
-    """Run the worker in this process; its result."""
+    """Run the worker in this process; returns its result."""
     run.folder(out).mkdir(parents=True)
     (run.folder(out) / "job.json").write_text(json.dumps(run.job))
     assert worker.main(run.folder(out)) == 0

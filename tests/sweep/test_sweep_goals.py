@@ -1,4 +1,4 @@
-"""Whether the goals of pipelines are met, from made-up images: six tasks of four captions, two images each."""
+"""The goals of pipelines, met and missed, on made-up results: six tasks of four captions, two images each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CAPTIONS = Captions(PER_TASK, IMAGES, replicates=200)
 
 
 def line(row: str, right: int, seed: int = 0, *, steps: int = 4, guided: bool = False) -> dict[str, Any]:
-    """The first ``right`` images of every task are right. row: METHOD_MODE."""
+    """A line in which the first ``right`` images of every task are correct. row: METHOD_MODE."""
     method, mode = row.rsplit("_", 1)
     each = COUNT // 6
     correct = ("1" * right + "0" * (each - right)) * 6
@@ -33,7 +33,7 @@ def every_goal(*lines: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def test_each_goal_compares_its_rows() -> None:
-    """Of 8 images per task: the teacher has 6 right in 28 guided steps, 4 in four guided and 7 in four plain steps."""
+    """Of 8 images per task, the teacher has 6 right in 28 guided steps, 4 in four guided and 7 in four plain steps."""
     teachers = [
         line("teacher_teacher", *case[:1], steps=case[1], guided=case[2]) for case in ((6, 28, True), (4, 4, True))
     ]
@@ -51,9 +51,7 @@ def test_each_goal_compares_its_rows() -> None:
     assert found["GDMD full / teacher with 56 NFE"].target == LAB_STUDENT / LAB_TEACHER
 
 
-def test_a_longer_training_should_reach_its_teacher() -> None:
-    """And is compared with baselines of the same length."""
-
+def test_a_longer_training_is_compared_with_its_teacher_and_equally_long_baselines() -> None:
     def trained(row: str, right: int, updates: int) -> dict[str, Any]:
         return line(row, right) | {"method": f"{row}_{updates}", "student_updates": updates}
 
@@ -92,14 +90,14 @@ def test_an_exported_lora_must_agree_within_the_interval() -> None:
     )
 
 
-def test_a_share_of_nothing_is_not_met() -> None:
+def test_a_share_of_a_teacher_with_score_0_is_not_met() -> None:
     goal = every_goal(line("gdmd_lora", 5), line("teacher_teacher", 0, steps=28, guided=True))
     share = goal["GDMD LoRA / teacher with 56 NFE"]
     assert np.isnan(share.found.value) and not share.met
 
 
 def test_weights_are_those_of_the_mean_of_task_means() -> None:
-    """And repeated captions, of which a task with few captions has some, are drawn together."""
+    """Repeated captions, which a task with few captions has, are drawn together."""
     captions = Captions(per_task=12, images=1, replicates=50)
     rows = fixed_rows("eval", 12)
     tasks = catalog().task[rows].numpy()
@@ -113,6 +111,6 @@ def test_weights_are_those_of_the_mean_of_task_means() -> None:
 
 @pytest.mark.parametrize("count", [25, COUNT // 2, 2 * COUNT])
 def test_lines_of_another_evaluation_are_refused(count: int) -> None:
-    """Also of twice as many captions, whose images would count for other captions."""
+    """Twice as many captions are refused, too: their images would count for other captions."""
     with pytest.raises(ValueError, match=f"seed 0, has {count} images, but .* 24 captions with 2 images each"):
         CAPTIONS.of(line("gdmd_lora", 5) | {"correct": "1" * count})

@@ -113,7 +113,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     return Done(sweep, folder / "out", page.read_text(), messages)
 
 
-def test_every_cell_has_a_line(done: Done) -> None:
+def test_every_run_has_a_line(done: Done) -> None:
     facts = {
         row: tuple(line[k] for k in ("family", "method", "mode", "steps", "nfe")) for row, line in done.lines.items()
     }
@@ -162,7 +162,7 @@ def test_the_page_is_made_again_from_the_published_table(done: Done, tmp_path: P
 
 
 def test_a_page_without_goals(done: Done, tmp_path: Path) -> None:
-    """One row says nothing about another."""
+    """A table with one row has nothing to compare, so the page shows no goals."""
     (tmp_path / "miniatures.jsonl").write_text(json.dumps(done.lines["dmd_lora"]) + "\n")
     page = write_pages(done.sweep, "miniatures", tmp_path, only_pages=True)
     assert page is not None
@@ -176,7 +176,7 @@ def test_a_page_without_goals(done: Done, tmp_path: Path) -> None:
 
 
 def test_the_exported_lora_is_drawn_by_diffusers_alone(done: Done) -> None:
-    """The script imports nothing of gdmd, and draws what gdmd's own reader of the export draws from the same seeds."""
+    """The script imports nothing from gdmd, and draws the images that gdmd's own source draws from the same seeds."""
     tree = list(ast.walk(ast.parse(Path(plain_diffusers.__file__).read_text())))
     named = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
     named |= {str(node.module) for node in tree if isinstance(node, ast.ImportFrom)}
@@ -251,7 +251,7 @@ def test_a_changed_pipeline_is_another_run(tmp_path: Path) -> None:
 
 
 def test_another_scoring_decoder_or_other_real_images_are_other_runs(tmp_path: Path) -> None:
-    """The folders keep their names, so only their content tells."""
+    """The folders keep their names; only their content changes."""
     decoder = tmp_path / "decoder"
     decoder.mkdir()
     own = f"overrides: {{model.scoring_decoder: {decoder}, method.student_input: data, real_data.source: {tmp_path}, "

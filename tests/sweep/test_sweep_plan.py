@@ -1,4 +1,4 @@
-"""What a sweep config may say, which runs it means, and in which order they are done. Nothing here trains."""
+"""What a sweep config may contain, which runs it defines, and in which order they are done. Nothing here trains."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_rows_may_have_more_seeds(tmp_path: Path) -> None:
 
 
 def test_hash_depends_on_what_is_computed(tmp_path: Path) -> None:
-    """Not on names, nor on fields that are set to their default: a new option keeps finished runs valid."""
+    """Names, and fields set to their default, do not enter the hash: a new option keeps finished runs valid."""
     before = hashes(tmp_path)
     renamed = HEAD.replace("mine", "other") + ROWS.replace("name: dmd", "label: Another, name: dmd")
     assert hashes(tmp_path, renamed) == before
@@ -289,7 +289,7 @@ def test_one_stage_shares_the_runs_of_stages() -> None:
 
 
 class Worker:
-    """A process that has ended: with a result, or with the exit code of a failure."""
+    """A process that has ended, with a result or with the exit code of a failure."""
 
     def __init__(self, folder: Path, *, fails: bool) -> None:
         self.returncode = int(fails)
@@ -338,7 +338,7 @@ SHARED = """rows:
 def test_a_first_stage_shared_by_two_rows_fails_both(
     tmp_path: Path, instant_pool: pytest.MonkeyPatch, lost: bool
 ) -> None:
-    """Its training fails, or (``lost``) somebody deletes its result while the others wait for it."""
+    """The first stage fails, or (``lost``) its result is deleted while the others wait for it."""
     sweep = read(tmp_path, HEAD.replace("[0, 1]", "[0]").replace("[updates, passes]", "[updates]") + SHARED)
     first = next(run for run in plan(sweep) if run.method == "first")
     assert first.hash == next(run for run in plan(sweep) if run.method == "again").hash

@@ -1,4 +1,4 @@
-"""What a sweep's worker counts: every network of a pipeline, also one that is created during the training."""
+"""What a sweep's worker counts: every network of a pipeline, even one that is created during training."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_call_for_features_counts_as_its_share_of_a_pass(tmp_path: Path) -> No
 
 
 def test_a_line_names_the_reward_behind_a_server() -> None:
-    """So that the page marks the scorer of this name as trained on, and not as unseen."""
+    """The page then marks the scorer of this name as trained on, and not as unseen."""
     found: Any = SimpleNamespace(correct=torch.tensor([True]), json=lambda: {"shapeseval": {"overall": 1.0}})
     rewards = [{"kind": "remote", "url": "http://127.0.0.1:1", "reward": "shapes_pref"}, {"kind": "shapes_clip"}]
     cfg = RunConfig.model_validate({"name": "x", "rewards": rewards, "loop": {}})
@@ -103,7 +103,7 @@ def test_a_line_names_the_reward_behind_a_server() -> None:
 
 
 def test_controls_and_algorithm_1_are_not_gdmd_in_the_goals(tmp_path: Path) -> None:
-    """Nor in a page that is written before GDMD's own row is finished."""
+    """Each keeps its own method name, so no goal takes it for GDMD, even before GDMD's own row is finished."""
     model = tiny.config(tiny.save("sd3", tmp_path / "sd3"))
     shared = {"name": "x", "model": model, "prompts": {"file": "validation"}, "loop": {}, "rewards": [{"kind": "clip"}]}
     methods: dict[str, dict[str, Any]] = {
