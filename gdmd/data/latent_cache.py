@@ -250,7 +250,7 @@ def _refuse_many(unusable: Sequence[Unusable], most: int) -> None:
 
 
 def _named(unusable: Sequence[Unusable]) -> str:
-    shown = "; ".join(f"{found.name!r} {found.why}" for found in unusable[-SHOWN:])
+    shown = "; ".join(f"{found.name!r} {found.why}" for found in unusable[:SHOWN])
     return f"Unusable: {len(unusable)}, such as {shown}" if unusable else "No images were found"
 
 
