@@ -96,9 +96,10 @@ def explain(
 def _between(annotation: Any, details: Sequence[ErrorDetails], tree: Any) -> list[str]:
     """Mistakes between sections; pydantic looks for them only if no section has one. None unless all fields are valid."""
     within = all(one["loc"] and isinstance(one.get("ctx", {}).get("error"), Mistakes) for one in details)
-    if not within or not isinstance(annotation, type) or not hasattr(annotation, "_mistakes"):
+    if not within or not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         return []
-    return list(annotation.model_validate(tree, context=FIELDS_ONLY)._mistakes())
+    config: Any = annotation.model_validate(tree, context=FIELDS_ONLY)
+    return list(config._mistakes())
 
 
 def _separate(detail: ErrorDetails) -> list[ErrorDetails]:
