@@ -122,7 +122,8 @@ class Scorer:
         if black_boxes:
             raise ValueError(
                 f"method {method} back-propagates its rewards, and {', '.join(black_boxes)} is not differentiable; "
-                "give differentiable rewards, or use a method that only reads the score (gdmd, dmd_nft, dmd_grpo)"
+                "give differentiable rewards (a function with a gradient needs differentiable = true), or use a method that "
+                "only reads the score (gdmd, dmd_nft, dmd_grpo)"
             )
 
     def _parts(self, latents: Tensor, prompts: PromptBatch) -> Iterator[tuple[Tensor, PromptBatch]]:

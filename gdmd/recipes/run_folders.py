@@ -42,6 +42,9 @@ TARGETS = ("target", "reader")
 """Functions of a reward, as module or file and name: likewise, by their code."""
 SERVER = ("url", "token_variable", "timeout_s", "retries", "batch", "on_failure", "max_unscored")
 """Fields of a remote reward that may change, too: where its server is, and how long to wait for it."""
+DIFFERENTIABLE = "differentiable"
+"""This field of a reward function may change: it decides whether a method may read the gradient, not which numbers it gets.
+Earlier versions stored false for a function whose attribute says true."""
 TEACHERS = ("teacher", "teacher-4", "teacher-4-plain")
 """What can be evaluated and sampled besides a run folder."""
 
@@ -142,7 +145,7 @@ def _without_place(part: Any) -> Any:
         return [_without_place(one) for one in part]
     if not isinstance(part, dict):
         return part
-    hidden = SERVER if part.get("kind") == "remote" else (*WEIGHTS, *TARGETS, "source")
+    hidden = SERVER if part.get("kind") == "remote" else (*WEIGHTS, *TARGETS, "source", DIFFERENTIABLE)
     return {key: _without_place(value) for key, value in part.items() if key not in hidden}
 
 

@@ -97,6 +97,17 @@ def test_reward_server_may_move(tmp_path: Path, where: str) -> None:
             check_resumable(run, None, [change])
 
 
+def test_a_resumed_run_may_say_that_its_reward_function_is_differentiable(tmp_path: Path) -> None:
+    """Earlier versions stored false for every function that says so with an attribute."""
+    function = "{kind: callable, target: 'mine:warm', differentiable: false}"
+    cfg = read_recipe("sd15_gdmd", ["prompts.file=words.txt", f"rewards=[{function}]"])
+    run = create(tmp_path / "run", cfg.model_dump(mode="json")).path
+    resumed(run, None, ["rewards.0.differentiable=true"])
+    assert config_of(run).rewards[0].differentiable  # type: ignore[union-attr]
+    with pytest.raises(RunError, match="image_type"):
+        check_resumable(run, None, ["rewards.0.image_type=tensor"])
+
+
 @pytest.mark.parametrize("recipe", ["dmd", "dmd_nft", "dmdr"])
 def test_baseline_of_an_older_version(tmp_path: Path, recipe: str) -> None:
     """Its fake score learned from other samples, so it would continue as a different algorithm."""
