@@ -67,5 +67,5 @@ class StudyConfig(Config):
         if self.votes_per_pair > self.raters:
             yield (
                 f"votes_per_pair is {self.votes_per_pair}, above raters = {self.raters}: "
-                "nobody judges the same pair twice; lower --votes, or invite more --raters"
+                "nobody judges the same pair twice; lower --votes, or raise --raters"
             )

@@ -71,7 +71,7 @@ def push_checkpoint(checkpoint: Path, repo_id: str) -> None:
 def check_hub_target(repo_id: str, token: str | None = None) -> None:
     """Check, before anything is trained or exported, that ``push_to_hub`` can upload to ``repo_id``.
 
-    ValueError for a wrong id, RunError if the Hub does not answer, nobody is logged in, or there is no write access.
+    ValueError for a wrong id, RunError if the Hub does not answer, nobody is logged in, or the user cannot write there.
     """
     api = _client(repo_id, token)
     with _explained(repo_id, str(api.token)):
@@ -150,8 +150,8 @@ def _reason(error: Any) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     known: Mapping[int | None, str] = {
         401: f"the Hub does not accept the token; {LOGIN}",
-        403: "the token has no write access there; give it write access, or use another ORG/NAME",
-        404: "there is no such user or organization, or the token has no access to it; check ORG/NAME",
+        403: "the token cannot write there; give it write access, or use another ORG/NAME",
+        404: "the user or organization does not exist, or the token cannot access it; check ORG/NAME",
         409: "the repository changed during the upload; try again",
         413: "a file is too large for the Hub; export a LoRA, or shard the weights",
         429: "the Hub asks to wait (too many requests); the same command continues the upload",

@@ -23,6 +23,7 @@ from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_
 from gdmd.io import RunError, read_json, typed, write_atomic, writing
 from gdmd.models.families.base import Family
 from gdmd.models.loading import open_family
+from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.programs.decoder_check import read_gaps
 from gdmd.recipes.contents import checkpoint_content, pipeline_content
 from gdmd.recipes.inputs import on_base
@@ -108,10 +109,15 @@ def _check_options(dtype: str | None, *, loras: bool, whole: bool) -> None:
 
 
 def _check_kind(target: Path, *, whole: bool) -> None:
-    """ValueError for a folder with an export of the other kind, whose files would stay next to the new ones."""
-    if not (target / EXPORT_FILE).is_file():
-        return
-    merged = read_json(target / EXPORT_FILE, "Choose another folder, or delete that one.").get("merged", whole)
+    """ValueError for a folder with an export of the other kind, whose files would stay next to the new ones.
+
+    The description of an interrupted export is missing: its files tell the kind.
+    """
+    merged = whole
+    if (target / EXPORT_FILE).is_file():
+        merged = read_json(target / EXPORT_FILE, "Choose another folder, or delete that one.").get("merged", whole)
+    elif (target / (DIFFUSERS_FILE if whole else "model_index.json")).is_file():
+        merged = not whole
     if merged != whole:
         kinds = ("a LoRA", "a merged pipeline")
         raise ValueError(

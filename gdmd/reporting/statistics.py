@@ -111,7 +111,7 @@ def t_quantile(dof: int) -> float:
 def paired_t(a: Mapping[int, float], b: Mapping[int, float]) -> PairedTest | None:
     """The test over the seeds that both sides have (seed -> value); None below two common seeds.
 
-    If all differences are equal, there is no spread for a t test: p is that of the sign test, 2^(1 - count), and 1 if they
+    If all differences are equal, t is undefined: p is that of the sign test, 2^(1 - count), and 1 if they
     are 0. They are compared with ROUNDING decimals: two equal means of tasks may differ in the last bit.
     """
     from scipy import stats

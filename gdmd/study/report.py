@@ -220,7 +220,7 @@ def verdict(analysis: Analysis) -> Verdict:
 
 def _preferred(result: PairResult) -> str:
     low, high = result.clustered
-    few = low == high != 0.5 and result.p >= LEVEL  # all votes agree, so the bootstrap knows no spread
+    few = low == high != 0.5 and result.p >= LEVEL  # all votes agree, so every bootstrap sample is the same
     if math.isnan(low) or few:
         return f"too few votes to compare {result.first} and {result.second}"
     if low > 0.5:

@@ -215,8 +215,8 @@ def test_all_errors_at_once(gdmd: Gdmd) -> None:
         ),
         (
             ["study", "plan", "a=x", "b=y", "-o", "s", "--raters", "2"],
-            "study: votes_per_pair is 3, above raters = 2: nobody judges the same pair twice; lower --votes, or invite "
-            "more --raters",
+            "study: votes_per_pair is 3, above raters = 2: nobody judges the same pair twice; lower --votes, or raise "
+            "--raters",
         ),
     ],
 )

@@ -92,11 +92,11 @@ def test_only_the_newest_checkpoint_is_on_the_hub(hub: type[UploadHub], tmp_path
     ("where", "status", "words"),
     [
         ("/create", 401, "does not accept the token"),
-        ("/create", 403, "no write access there"),
-        ("/preupload", 403, "no write access there"),
+        ("/create", 403, "the token cannot write there"),
+        ("/preupload", 403, "the token cannot write there"),
         ("/commit", 409, "changed during the upload"),
         ("/commit", 500, "the Hub answered 500"),
-        ("/storage", 403, "no write access there"),
+        ("/storage", 403, "the token cannot write there"),
     ],
 )
 def test_refused_uploads(hub: type[UploadHub], folder: Path, where: str, status: int, words: str) -> None:

@@ -177,6 +177,8 @@ def test_grids_samples_and_exports(
         killed.setattr("gdmd.programs.export.model_card", interrupted)
         export_run(tmp_path / "run")
     assert not (tmp_path / "run" / "export" / EXPORT_FILE).exists()  # of the earlier export, with new weights
+    with pytest.raises(ValueError, match="export holds a LoRA, and this export is a merged pipeline; choose"):
+        export_run(tmp_path / "run", tmp_path / "run" / "export", merged=True)
     merged = export_run(tmp_path / "run", tmp_path / "whole", merged=True)
     assert (merged[0] / "model_index.json").is_file()
     with pytest.raises(ValueError, match="whole holds a merged pipeline, and this export is a LoRA; choose"):

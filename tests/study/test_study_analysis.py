@@ -54,7 +54,7 @@ def test_unanimous_raters() -> None:
 
 
 def test_two_votes_that_agree_claim_nothing() -> None:
-    """The bootstrap of equal votes has no spread: 2 of 2 votes have the interval [100, 100], but p = 0.5."""
+    """Every bootstrap sample of equal votes is the same: 2 of 2 votes have the interval [100, 100], but p = 0.5."""
     own = {"votes_per_pair": 1, "repeats": 0, "checks": 0}
     plan = synthetic_plan(CFG.model_copy(update=own | {"raters": 2, "pairs_per_rater": 1}), ("ours", "theirs"), 9)
     found = analyze(plan, votes_by(plan, prefers("ours")), replicates=200)

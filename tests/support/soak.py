@@ -173,7 +173,7 @@ class Flat:
     bytes_per_row: list[float] = field(default_factory=list)
 
     def ok(self) -> bool:
-        """Whether there is no additional handle, memory grew by less than 8 MiB, and log lines by less than 5 %."""
+        """Whether the number of handles did not grow, memory grew by less than 8 MiB, and log lines by less than 5 %."""
         grown = self.rss_mib[1] - self.rss_mib[0]
         rows = self.bytes_per_row[1] / self.bytes_per_row[0]
         return self.handles[1] <= self.handles[0] and grown < 8 and abs(rows - 1) < 0.05
