@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,11 @@ def flop_of(work: Any) -> int:
 
 
 def peak_of(work: Any) -> int:
-    """Bytes that the allocator held at most beyond those at the start, by the profiler."""
+    """Bytes that the allocator held at most beyond those at the start, by the profiler.
+
+    Cycles that earlier tests left are collected first: freed while ``work`` runs, they would count as its own.
+    """
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         work()
     events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
