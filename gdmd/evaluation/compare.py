@@ -37,7 +37,15 @@ from gdmd.evaluation.preference import (
     summary,
     write_summary,
 )
-from gdmd.evaluation.scorers import Features, feature_maker, judges_shapes, load_scorers, read_scorers, shapes_scorers
+from gdmd.evaluation.scorers import (
+    Features,
+    check_trained,
+    feature_maker,
+    judges_shapes,
+    load_scorers,
+    read_scorers,
+    shapes_scorers,
+)
 from gdmd.evaluation.verdict import SHAPES_SET
 from gdmd.io import finite_or_none, write_atomic
 from gdmd.recipes.open_run import check_checkpoint
@@ -128,6 +136,7 @@ def _measured(
     if options.reference is not None and name is None:
         raise ValueError("--reference has no effect without --features: name the features to compare, such as clip")
     specs = _specs(options, sources, shapes)
+    check_trained(sources, specs)
     prompt_set = _prompt_set(options)
     if prompt_set.note:
         log(prompt_set.note)
@@ -153,7 +162,7 @@ def _measured(
             ]
     rows = []
     for one, own, more in zip(generated, scores, extra, strict=True):
-        row = summary(one, prompt_set, own) | more
+        row = summary(one, prompt_set, own, specs) | more
         row["against_first"] = _against(own, scores[0]) if one is not generated[0] else {}
         rows.append(finite_or_none(row))
     return prompt_set, rows

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gdmd.config.describe import labels_of
 from gdmd.config.run import RewardConfig
 from gdmd.data.prompts import prompt_file, read_prompts
 from gdmd.evaluation.scorers import may_fail, reads_metadata, scores_of
@@ -155,7 +156,9 @@ def score(
     return found
 
 
-def summary(generated: GeneratedImages, prompt_set: PromptSet, scores: Mapping[str, Scores]) -> dict[str, Any]:
+def summary(
+    generated: GeneratedImages, prompt_set: PromptSet, scores: Mapping[str, Scores], specs: Sequence[RewardConfig]
+) -> dict[str, Any]:
     """Plain data: the source and, per scorer, mean, interval and whether it was trained on (null = unknown).
 
     size: the chosen one of a run with several image sizes; null = the default.
@@ -171,15 +174,17 @@ def summary(generated: GeneratedImages, prompt_set: PromptSet, scores: Mapping[s
         "seed": prompt_set.seed,
         "seconds_per_image": generated.seconds,
         "scores": {
-            label: finite_or_none(asdict(clustered_mean(own)) | {"trained": _trained(label, trained)})
-            for label, own in scores.items()
+            spec.label: finite_or_none(
+                asdict(clustered_mean(scores[spec.label])) | {"trained": _trained(spec, trained)}
+            )
+            for spec in specs
         },
     }
 
 
-def _trained(label: str, trained: Sequence[str] | None) -> bool | None:
-    """Whether a scorer was trained on; a remote one counts as the reward that it serves."""
-    return None if trained is None else label in trained or label.removeprefix("remote ") in trained
+def _trained(spec: RewardConfig, trained: Sequence[str] | None) -> bool | None:
+    """Whether a scorer was trained on: itself, a part of it or, for a remote one, the reward that it serves."""
+    return None if trained is None else any(label in trained for label in labels_of(spec))
 
 
 def write_summary(folder: Path, content: Mapping[str, Any]) -> Path:

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gdmd.config.image_source import settings_of, split_settings
+from gdmd.config.describe import labels_of
+from gdmd.config.fields import kinds, models_in
+from gdmd.config.image_source import SourceConfig, settings_of, split_settings
 from gdmd.config.load import validated
+from gdmd.config.names import listed, near
 from gdmd.config.rewards import CompositeConfig, GenEval2Config, GenEvalConfig, PythonReward, RemoteConfig
 from gdmd.config.run import RewardConfig, ShapesReward
 from gdmd.recipes.build_rewards import build_rewards, require_weights
@@ -61,6 +64,19 @@ def read_scorers(texts: Sequence[str]) -> tuple[RewardConfig, ...]:
 def shapes_scorers() -> tuple[RewardConfig, ...]:
     """The shipped scorers of the Shapes world; no student is trained on the held-out one."""
     return tuple(ShapesReward(kind=kind) for kind in SHAPES_KINDS)  # type: ignore[arg-type]
+
+
+def check_trained(sources: Sequence[SourceConfig], specs: Sequence[RewardConfig]) -> None:
+    """ValueError for a source with ``trained`` = neither a scorer nor a kind of reward: no column would be marked."""
+    labels = [label for spec in specs for label in labels_of(spec)]
+    known = labels + kinds(models_in(RewardConfig))
+    for source in sources:
+        for label in (one for one in source.trained if one not in known):
+            similar = near(label, known)
+            advice = (
+                f"did you mean {similar[0]!r}?" if similar else f"the scorers here are {listed(labels, last='and')}"
+            )
+            raise ValueError(f"source {source.where!r}: trained={label}: unknown scorer; {advice}")
 
 
 def load_scorers(specs: Sequence[RewardConfig], device: str) -> dict[str, Reward]:
