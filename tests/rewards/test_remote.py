@@ -258,7 +258,7 @@ def test_no_token_without_encryption_to_other_machines(host: str) -> None:
 
 
 def test_remote_and_local_rewards_run_in_parallel() -> None:
-    met = threading.Barrier(2, timeout=5)  # breaks unless both requests run at the same time
+    met = threading.Barrier(2, timeout=30)  # breaks unless both requests run at the same time
     started = threading.Event()
 
     def meet(handler: Any, _: int) -> None:
@@ -267,25 +267,28 @@ def test_remote_and_local_rewards_run_in_parallel() -> None:
         good(handler)
 
     def wait_for_servers(images: Tensor, prompts: Any) -> Tensor:
-        assert started.wait(5)
+        assert started.wait(30)
         return images.mean((1, 2, 3))
 
     local = CallableReward(wait_for_servers, "local")  # first in the list, but the servers start before it
     with server(meet) as (one, _), server(meet) as (two, _):
-        rewards = [local, *(client(url, timeout_s=10, batch=5) for url in (one, two))]
+        rewards = [local, *(client(url, timeout_s=60, batch=5) for url in (one, two))]
         scores = score_all(rewards, images(), prompts())
     torch.testing.assert_close(scores, [images().mean((1, 2, 3)), expected(), expected()])
 
 
 def test_parts_of_a_composite_run_in_parallel() -> None:
-    with server(slow) as (one, _), server(slow) as (two, _):
-        rewards = [client(url, timeout_s=10, batch=5) for url in (one, two)]
+    met = threading.Barrier(2, timeout=30)  # breaks unless both requests run at the same time
+
+    def meet(handler: Any, _: int) -> None:
+        met.wait()
+        good(handler)
+
+    with server(meet) as (one, _), server(meet) as (two, _):
+        rewards = [client(url, timeout_s=60, batch=5) for url in (one, two)]
         rewards[1].name = "another"
-        start = time.monotonic()
-        torch.testing.assert_close(
-            Composite([Part(reward) for reward in rewards]).score(images(), prompts()), expected()
-        )
-        assert 0.4 <= time.monotonic() - start < 0.75  # one after the other they take 0.8 s
+        scores = Composite([Part(reward) for reward in rewards]).score(images(), prompts())
+    torch.testing.assert_close(scores, expected())
 
 
 def test_metadata_that_some_prompts_lack(monkeypatch: pytest.MonkeyPatch) -> None:
