@@ -6,6 +6,7 @@ these trainings only; the values of the seeds show how much a training depends o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +26,11 @@ Statistic = Callable[[Any, Any], Any]
 OF_TEACHER, LONGER_OF_TEACHER = 0.90, 1.0
 """Share of the guided many-step teacher's ShapesEval that a four-step LoRA should reach, and after more updates."""
 OVER_FEW_STEPS, OVER_DMD = 0.10, 0.02
-"""Gain over the teacher's guided sampler with as many steps, and over DMD and other methods after as many updates."""
+"""Gain over the teacher's guided sampler with as many steps, and over other methods after as many updates or passes."""
 _BASELINES = {"dmd": "DMD", "algorithm_1": "Algorithm 1", "dmd_refl": "DMD + ReFL"}
-"""Methods with which GDMD LoRAs are compared after as many updates; the names are those of ``pipeline_facts``."""
+"""Methods with which GDMD LoRAs are compared after as many updates or passes; the names are those of ``pipeline_facts``."""
+SAME_PASSES = 0.01
+"""Largest relative difference of passes that count as equal: less than one update in a hundred."""
 LAB_STUDENT, LAB_TEACHER = 0.553, 0.590
 """ShapesEval of GDMD after 200 updates and of its teacher (docs/results/shapes.jsonl, means over five seeds)."""
 
@@ -118,10 +121,15 @@ def goals(lines: Sequence[Line], captions: Captions) -> list[Goal]:
         name = f"LoRA, {updates} updates"
         wanted.append((f"GDMD {name} / teacher with {most} NFE", _share, longer, teacher, LONGER_OF_TEACHER))
         for method, title in _BASELINES.items():
-            same = [row for row in _rows(lines, method, "lora") if _updates(row) == updates]
+            rows = _rows(lines, method, "lora")
+            same = [row for row in rows if _updates(row) == updates]
             for row in same:
-                which = f" ({next(iter(row.values()))['method']})" if len(same) > 1 else ""
+                which = f" ({_any(row)['method']})" if len(same) > 1 else ""
                 wanted.append((f"GDMD {name} - {title} {name}{which}", np.subtract, longer, row, OVER_DMD))
+            for row in rows:
+                if row not in same and math.isclose(_any(row)["passes"], _any(longer)["passes"], rel_tol=SAME_PASSES):
+                    other = f"{title} LoRA, as many passes ({_updates(row):,} updates)"
+                    wanted.append((f"GDMD {name} - {other}", np.subtract, longer, row, OVER_DMD))
     found = [(text, captions.compare(how, a, b), target, how) for text, how, a, b, target in wanted]
     return [Goal(text, one, target, how is _share) for text, one, target, how in found if one]
 
@@ -140,8 +148,12 @@ def _runs(lines: Sequence[Line], method: str, mode: str) -> Mapping[int, Line]:
     return next(iter(_rows(lines, method, mode)), {})
 
 
+def _any(row: Mapping[int, Line]) -> Line:
+    return next(iter(row.values()))
+
+
 def _updates(row: Mapping[int, Line]) -> int:
-    return int(next(iter(row.values()))["student_updates"])
+    return int(_any(row)["student_updates"])
 
 
 def _share(a: Any, b: Any) -> Any:

@@ -51,12 +51,14 @@ def test_each_goal_compares_its_rows() -> None:
     assert found["GDMD full / teacher with 56 NFE"].target == LAB_STUDENT / LAB_TEACHER
 
 
-def test_a_longer_training_is_compared_with_its_teacher_and_equally_long_baselines() -> None:
+def test_a_longer_training_is_compared_with_its_teacher_and_baselines_of_as_many_updates_or_passes() -> None:
     def trained(row: str, right: int, updates: int) -> dict[str, Any]:
-        return line(row, right) | {"method": f"{row}_{updates}", "student_updates": updates}
+        passes = updates * (5 if row == "gdmd_lora" else 2)
+        return line(row, right) | {"method": f"{row}_{updates}", "student_updates": updates, "passes": passes}
 
     students = [trained("gdmd_lora", 5, 250), trained("dmd_lora", 4, 250), trained("gdmd_lora", 7, 600)]
     students += [trained("dmd_lora", 5, 600), trained("algorithm_1_lora", 6, 600), trained("dmd_refl_lora", 4, 250)]
+    students += [trained("dmd_refl_lora", 5, 1_490), trained("dmd_lora", 5, 1_400)]  # 0.7 and 7 % fewer passes
     found = every_goal(line("teacher_teacher", 6, steps=28, guided=True), *students)
     students += [trained("dmd_refl_lora", right, 600) | {"method": f"refl_{right}"} for right in (6, 8)]
     found |= every_goal(*students)
@@ -66,6 +68,7 @@ def test_a_longer_training_is_compared_with_its_teacher_and_equally_long_baselin
         "GDMD LoRA, 600 updates / teacher with 56 NFE": (round(7 / 6, 4), True),
         "GDMD LoRA, 600 updates - DMD LoRA, 600 updates": (0.25, True),
         "GDMD LoRA, 600 updates - Algorithm 1 LoRA, 600 updates": (0.125, True),
+        "GDMD LoRA, 600 updates - DMD + ReFL LoRA, as many passes (1,490 updates)": (0.25, True),
         "GDMD LoRA, 600 updates - DMD + ReFL LoRA, 600 updates (refl_6)": (0.125, True),
         "GDMD LoRA, 600 updates - DMD + ReFL LoRA, 600 updates (refl_8)": (-0.125, False),
     }
