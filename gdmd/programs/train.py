@@ -138,7 +138,7 @@ def create_run(
     context = settings.context
     require_start(cfg.loop.start_from)
     check_model(cfg.loop.start_from, cfg.model_dump(mode="json"))
-    context.on_main(lambda: check_start(cfg, accept=settings.accept))
+    context.on_main(lambda: check_start(cfg, accept=settings.accept, given=settings.given))
     config = cfg.model_dump(mode="json")
     components = prepare(cfg, settings, lambda: check_new(folder or new_folder(cfg), config))
     check_roles(cfg.loop.start_from, components.roles)
