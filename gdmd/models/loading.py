@@ -105,8 +105,8 @@ def open_family(
     fit_limits(pipe, lambda encoder: _positions(cfg, encoder))
     _freeze(pipe)
     opened = family(pipe, cfg)
-    if shared is None:
-        _note_guidance(opened)
+    if shared is None and cfg.student is None:  # else ``open_start`` knows both networks
+        note_guidance(opened)
     opened.encoder.loras = tuple(map(of_text, loras))
     opened.check_sizes()
     opened.place(device, () if shared is None else shared.pipe.components.keys() - own)
@@ -280,14 +280,15 @@ def _note_t5(family: type[Family], cfg: DiffusersModel) -> None:
         )
 
 
-def _note_guidance(family: Family) -> None:
-    """Warn about a model.embedded_guidance that was set for a network that does not read it."""
-    given, default = family.cfg.embedded_guidance, type(family.cfg).model_fields["embedded_guidance"].default
-    if given != default and not family.guidance_is_embedded:
+def note_guidance(*families: Family) -> None:
+    """Warn about a model.embedded_guidance that was set for networks of which none reads it."""
+    first = families[0]
+    given, default = first.cfg.embedded_guidance, type(first.cfg).model_fields["embedded_guidance"].default
+    if given != default and not any(one.guidance_is_embedded for one in families):
         log.warning(
             "model.embedded_guidance = %g has no effect: this %s has no guidance embedding; leave it out. The guidance of "
             "the teacher is method.guidance",
-            *(given, family.pipeline),
+            *(given, first.pipeline),
         )
 
 
