@@ -23,6 +23,7 @@ from gdmd import ConfigError, DistillationTrainer, DMD2Config, DMDConfig, GDMDCo
 from gdmd import TrainingConfig as Args
 from gdmd.config.run import ShapesReward
 from gdmd.config.shapes_pipeline import located
+from gdmd.models.loading import adopt
 from gdmd.programs.train import TrainSettings
 from gdmd.recipes.inputs import check_inputs, check_start
 from gdmd.recipes.objects import GivenObjects
@@ -338,6 +339,17 @@ def test_open_pipeline_with_a_lora_that_is_not_fused_is_refused(tmp_path: Path) 
     pipe.fuse_lora(components=["unet"])
     pipe.unload_lora_weights()
     trainer.train()
+
+
+def test_offloaded_open_pipeline_is_refused() -> None:
+    """The weights that training reads are on the meta device, or leave the GPU between two calls."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
+    cfg = DistillationTrainer(pipe).config.model
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match=r"offloads .*unet.* to the CPU.*remove_all_hooks\(\)"):
+        adopt(pipe, cfg)
+    pipe.remove_all_hooks()
+    assert next(adopt(pipe, cfg).net.parameters()).device.type == "cpu"
 
 
 def test_open_pipeline_with_a_compiled_network_is_refused(tmp_path: Path) -> None:

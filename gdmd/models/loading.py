@@ -45,6 +45,7 @@ from gdmd.models.pipeline_files import (
     load_errors,
     local_index,
     note_revision,
+    refuse_offloaded,
     refuse_quantized,
 )
 from gdmd.models.quantization import quantization_config, require_quantizer
@@ -117,7 +118,7 @@ def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
     """A pipeline that is already open as a Family. Its networks are frozen and moved to ``device``.
 
     ValueError for a class without a family, a missing component, a LoRA that is not fused, projections that are, FreeU,
-    and a dtype other than cfg.dtype.
+    offloading, and a dtype other than cfg.dtype.
     """
     require_diffusers()
     ours = {"student", "fake", "old"}  # of an earlier training on the same pipeline: replaced by new ones
@@ -134,6 +135,7 @@ def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
             f"{', '.join(compiled)} of the given {type(pipe).__name__} is compiled, and training adds adapters to the "
             "network itself: load the pipeline without torch.compile, and set model.compile=true"
         )
+    refuse_offloaded(pipe)
     index = {"_class_name": type(pipe).__name__, **{name: ["", part] for name, part in given.items()}}
     family = family_of(index, cfg)
     missing = [name for name in family.needs if name not in index]
