@@ -371,7 +371,7 @@ def run_training(cfg: RunConfig, run: Run, components: Components, settings: Tra
         model = cfg.model
         if isinstance(model, DiffusersModel) and settings.given.pipeline is None:
             context.on_main(lambda: record_commits(model, run, console))
-        context.on_main(lambda: check_decoder(cfg, components, run.path, console))
+        context.on_main(lambda: check_decoder(cfg, components, run.path, console, settings.given))
     began = time.perf_counter()
     end = _train(cfg, run, components, settings)
     trained = TrainOutput(run.path, end, cfg.loop.steps, time.perf_counter() - began, components=components)
