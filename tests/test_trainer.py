@@ -17,15 +17,19 @@ pytest.importorskip("peft")
 
 from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig
+from rich.console import Console
 
 from gdmd import ConfigError, DistillationTrainer, DMD2Config, DMDConfig, GDMDConfig, RunError, TrainerCallback
 from gdmd import TrainingConfig as Args
 from gdmd.config.run import ShapesReward
 from gdmd.config.shapes_pipeline import located
+from gdmd.models.loading import adopt
 from gdmd.programs.train import TrainSettings
+from gdmd.recipes.inputs import check_inputs, check_start
+from gdmd.recipes.objects import GivenObjects
 from gdmd.recipes.read import read_recipe
 from gdmd.rewards import OCR, CLIPScore, Composite, Part
-from gdmd.runs.run_folder import read_facts, read_metrics
+from gdmd.runs.run_folder import create, read_facts, read_metrics
 
 TINY = {
     "loop.batch_size": 4,
@@ -120,6 +124,8 @@ def test_all_mistakes_are_listed_in_the_words_of_the_command_line(tmp_path: Path
     with pytest.raises(ConfigError) as error:  # they would have no effect, or be read from its folder instead
         DistillationTrainer(opened, args=Args(overrides=of_files))
     assert [line.partition(":")[0] for line in str(error.value).splitlines()] == list(of_files)
+    with pytest.raises(ConfigError, match="student_input = data reads latents of the VAE in the model's files"):
+        DistillationTrainer(opened, DMDConfig(student_input="data"))
 
 
 def test_arguments_reach_the_recipe_as_they_are(tmp_path: Path) -> None:
@@ -304,6 +310,22 @@ def test_open_pipeline(tmp_path: Path) -> None:
     assert kept is None or torch.isfinite(kept).all()
 
 
+def test_second_stage_of_an_open_pipeline_needs_the_same_one(tmp_path: Path) -> None:
+    """The files of both are the same; the first run recorded the weights in memory."""
+
+    def given(scale: float) -> GivenObjects:
+        pipe = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
+        pipe.unet.conv_in.weight.data.mul_(scale)
+        return GivenObjects(pipe)
+
+    first = DistillationTrainer(given(1.0).pipeline, None, ["shapes_clip"]).config
+    check_inputs(first, create(tmp_path / "run", first.model_dump(mode="json")), Console(quiet=True), given=given(1.1))
+    second = first.model_copy(update={"loop": first.loop.model_copy(update={"start_from": str(tmp_path / "run")})})
+    check_start(second, given=given(1.1))
+    with pytest.raises(RunError, match="trained on another base model. model.path: python:.*has different content"):
+        check_start(second, given=given(1.2))
+
+
 def test_open_pipeline_with_a_lora_that_is_not_fused_is_refused(tmp_path: Path) -> None:
     """Only one adapter is active at a time, so the teacher would differ from the pipeline that was given."""
     pipe = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
@@ -317,6 +339,17 @@ def test_open_pipeline_with_a_lora_that_is_not_fused_is_refused(tmp_path: Path) 
     pipe.fuse_lora(components=["unet"])
     pipe.unload_lora_weights()
     trainer.train()
+
+
+def test_offloaded_open_pipeline_is_refused() -> None:
+    """The weights that training reads are on the meta device, or leave the GPU between two calls."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
+    cfg = DistillationTrainer(pipe).config.model
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match=r"offloads .*unet.* to the CPU.*remove_all_hooks\(\)"):
+        adopt(pipe, cfg)
+    pipe.remove_all_hooks()
+    assert next(adopt(pipe, cfg).net.parameters()).device.type == "cpu"
 
 
 def test_open_pipeline_with_a_compiled_network_is_refused(tmp_path: Path) -> None:

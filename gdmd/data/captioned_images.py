@@ -90,9 +90,14 @@ def pixels(content: bytes, height: int, width: int, name: str = "an image") -> T
     return flat.reshape(height, width, 3).permute(2, 0, 1)
 
 
+def one_line(text: str) -> str:
+    """The text with white space collapsed, as captions are stored."""
+    return " ".join(text.split())
+
+
 def _caption(text: str) -> str:
-    """The text with white space collapsed. ValueError if it is not a caption."""
-    line = " ".join(text.split())
+    """``one_line``. ValueError if it is not a caption."""
+    line = one_line(text)
     if not line:
         raise ValueError("its caption is empty")
     if len(line) > LONGEST_PROMPT:

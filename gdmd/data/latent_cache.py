@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gdmd.data.captioned_images import Captioned, Unusable, captioned_images, files_below, pixels
+from gdmd.data.captioned_images import Captioned, Unusable, captioned_images, files_below, one_line, pixels
 from gdmd.data.image_files import DECODING, plain
 from gdmd.data.shards import SHARD, Shards
 from gdmd.diffusion.device import to_device_async
@@ -219,7 +219,7 @@ class StoredLatents:
 
     def check(self, prompts: Sequence[str]) -> None:
         """ValueError that counts and lists the prompts without an image."""
-        missing = [text for text in dict.fromkeys(prompts) if text not in self._images]
+        missing = [text for text in dict.fromkeys(prompts) if one_line(text) not in self._images]
         if missing:
             shown = ", ".join(repr(text[:60]) for text in missing[:SHOWN])
             raise ValueError(
@@ -230,7 +230,7 @@ class StoredLatents:
     def __call__(self, prompts: PromptBatch, rng: SampleRng) -> Tensor:
         """[B, C, H, W], fp32; all images of a caption are equally likely."""
         draws = rng.on_host().uniform("real_image").tolist()
-        choices = [self._images[text] for text in prompts.text]
+        choices = [self._images[one_line(text)] for text in prompts.text]
         keys = [images[int(draw * len(images))] for images, draw in zip(choices, draws, strict=True)]
         return to_device_async(self._shards.read(keys)["latents"], prompts.index.device)
 

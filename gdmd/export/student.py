@@ -93,6 +93,9 @@ def without_adapters(net: nn.Module, *, merged: bool = False) -> Any:
         plain.set_submodule(name, base)
     for name in ("peft_config", "_hf_peft_config_loaded"):
         plain.__dict__.pop(name, None)
+    for block in plain.modules():
+        if hasattr(vars(block).get("forward"), "_torchdynamo_orig_callable"):  # compiled: calls the original's block
+            del block.forward
     if hasattr(plain, "disable_gradient_checkpointing") and plain.is_gradient_checkpointing:  # a diffusers network
         plain.disable_gradient_checkpointing()
     return plain

@@ -45,6 +45,7 @@ from gdmd.models.pipeline_files import (
     load_errors,
     local_index,
     note_revision,
+    refuse_offloaded,
     refuse_quantized,
 )
 from gdmd.models.quantization import quantization_config, require_quantizer
@@ -105,8 +106,8 @@ def open_family(
     fit_limits(pipe, lambda encoder: _positions(cfg, encoder))
     _freeze(pipe)
     opened = family(pipe, cfg)
-    if shared is None:
-        _note_guidance(opened)
+    if shared is None and cfg.student is None:  # else ``open_start`` knows both networks
+        note_guidance(opened)
     opened.encoder.loras = tuple(map(of_text, loras))
     opened.check_sizes()
     opened.place(device, () if shared is None else shared.pipe.components.keys() - own)
@@ -117,7 +118,7 @@ def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
     """A pipeline that is already open as a Family. Its networks are frozen and moved to ``device``.
 
     ValueError for a class without a family, a missing component, a LoRA that is not fused, projections that are, FreeU,
-    and a dtype other than cfg.dtype.
+    offloading, and a dtype other than cfg.dtype.
     """
     require_diffusers()
     ours = {"student", "fake", "old"}  # of an earlier training on the same pipeline: replaced by new ones
@@ -134,6 +135,7 @@ def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
             f"{', '.join(compiled)} of the given {type(pipe).__name__} is compiled, and training adds adapters to the "
             "network itself: load the pipeline without torch.compile, and set model.compile=true"
         )
+    refuse_offloaded(pipe)
     index = {"_class_name": type(pipe).__name__, **{name: ["", part] for name, part in given.items()}}
     family = family_of(index, cfg)
     missing = [name for name in family.needs if name not in index]
@@ -280,14 +282,15 @@ def _note_t5(family: type[Family], cfg: DiffusersModel) -> None:
         )
 
 
-def _note_guidance(family: Family) -> None:
-    """Warn about a model.embedded_guidance that was set for a network that does not read it."""
-    given, default = family.cfg.embedded_guidance, type(family.cfg).model_fields["embedded_guidance"].default
-    if given != default and not family.guidance_is_embedded:
+def note_guidance(*families: Family) -> None:
+    """Warn about a model.embedded_guidance that was set for networks of which none reads it."""
+    first = families[0]
+    given, default = first.cfg.embedded_guidance, type(first.cfg).model_fields["embedded_guidance"].default
+    if given != default and not any(one.guidance_is_embedded for one in families):
         log.warning(
             "model.embedded_guidance = %g has no effect: this %s has no guidance embedding; leave it out. The guidance of "
             "the teacher is method.guidance",
-            *(given, family.pipeline),
+            *(given, first.pipeline),
         )
 
 

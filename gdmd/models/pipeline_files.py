@@ -167,6 +167,17 @@ def _check_vocabulary(folder: Path, what: str) -> None:
         )
 
 
+def refuse_offloaded(pipe: Any) -> None:
+    """ValueError for an open pipeline whose weights accelerate's hooks move, or keep on the meta device."""
+    parts = {name: part for name, part in pipe.components.items() if hasattr(part, "modules")}
+    hooked = [name for name, part in parts.items() if any(hasattr(one, "_hf_hook") for one in part.modules())]
+    if hooked:
+        raise ValueError(
+            f"the given {type(pipe).__name__} offloads {', '.join(hooked)} to the CPU, which would move weights during "
+            "training; call remove_all_hooks() on it, and set model.offload (idle or base) to save memory"
+        )
+
+
 def refuse_quantized(folder: Path, name: str, what: str) -> None:
     """ValueError for a component with quantized weights, as its config says."""
     try:

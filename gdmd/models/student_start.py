@@ -21,7 +21,7 @@ from pathlib import Path
 from gdmd.config.model import DiffusersModel
 from gdmd.hub import hub_file
 from gdmd.models.families.base import Family
-from gdmd.models.loading import family_of, is_local, local_or_hub_index, open_family
+from gdmd.models.loading import family_of, is_local, local_or_hub_index, note_guidance, open_family
 from gdmd.models.schedulers import FEW_STEPS
 from gdmd.types import StudentSampler
 
@@ -72,6 +72,8 @@ def open_start(family: Family, device: str = "cpu") -> Family:
             f"{cfg.what} has other latents than the teacher {family.cfg.path!r}: the {key} of its VAE is {vae.get(key)}, "
             f"not {family.pipe.vae.config.get(key)}; give a student that was distilled from a model with the same VAE"
         )
+    if family.cfg.student:
+        note_guidance(family, start)
     return start
 
 

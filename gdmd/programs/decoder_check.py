@@ -21,7 +21,9 @@ from gdmd.diffusion.sampling import ode_sample
 from gdmd.io import RunError, content_hash, write_atomic
 from gdmd.methods.scorer import Scorer
 from gdmd.recipes.build import Components
+from gdmd.recipes.build_rewards import without_stats
 from gdmd.recipes.contents import base_content
+from gdmd.recipes.objects import NOTHING_GIVEN, GivenObjects
 from gdmd.recipes.reward_identity import scorer_identity
 from gdmd.rewards.weights import weights_content
 from gdmd.types import Codec, PromptBatch, Reward
@@ -29,7 +31,9 @@ from gdmd.types import Codec, PromptBatch, Reward
 FILE = "scoring_decoder.json"
 
 
-def check_decoder(cfg: RunConfig, components: Components, run: Path, console: Console) -> None:
+def check_decoder(
+    cfg: RunConfig, components: Components, run: Path, console: Console, given: GivenObjects = NOTHING_GIVEN
+) -> None:
     """Measure, print and write RUN/scoring_decoder.json, unless it is up to date.
 
     Does nothing for a run without a scoring decoder.
@@ -42,7 +46,7 @@ def check_decoder(cfg: RunConfig, components: Components, run: Path, console: Co
         or not components.rewards
     ):
         return
-    key = _key(cfg, model, components.stream.at(0, 0, model.scoring_check).text)
+    key = _key(cfg, model, components.stream.at(0, 0, model.scoring_check).text, given)
     if file.exists() and _read(file).get("key") == key:
         return
     gaps = measured_gaps(cfg, components, model.scoring_check)
@@ -68,16 +72,18 @@ def measured_gaps(cfg: RunConfig, components: Components, images: int) -> tuple[
     guided = Guided(components.roles.teacher, cfg.method.guidance, prompts.uncond, components.roles.guide)
     path = components.teacher_times(cfg.eval.teacher_steps).to(noise.device)
     latents = ode_sample(guided, noise, path, prompts.cond, components.roles.schedule)
-    return decoder_gaps(components.codec, components.scoring, components.rewards, latents, prompts)
+    with without_stats(components.rewards):
+        return decoder_gaps(components.codec, components.scoring, components.rewards, latents, prompts)
 
 
-def _key(cfg: RunConfig, model: DiffusersModel, texts: Sequence[str]) -> str:
+def _key(cfg: RunConfig, model: DiffusersModel, texts: Sequence[str], given: GivenObjects) -> str:
     """A hash of everything the numbers depend on: networks, decoder, rewards, prompts, sampling."""
     assert model.scoring_decoder is not None
-    given = (model.dtype, model.height, model.width, cfg.eval.seed, cfg.eval.teacher_steps, cfg.method.guidance)
+    settings = (model.dtype, model.height, model.width, cfg.eval.seed, cfg.eval.teacher_steps, cfg.method.guidance)
+    base = base_content(model) if given.pipeline is None else given.pipeline_content
     weights = weights_content(model.scoring_decoder, model.scoring_decoder_revision)
     identities = [scorer_identity(spec) for spec in cfg.rewards]
-    return content_hash(json.dumps([given, texts]), base_content(model), weights, *identities)
+    return content_hash(json.dumps([settings, texts]), base, weights, *identities)
 
 
 def _read(file: Path) -> dict[str, Any]:

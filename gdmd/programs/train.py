@@ -138,7 +138,7 @@ def create_run(
     context = settings.context
     require_start(cfg.loop.start_from)
     check_model(cfg.loop.start_from, cfg.model_dump(mode="json"))
-    context.on_main(lambda: check_start(cfg, accept=settings.accept))
+    context.on_main(lambda: check_start(cfg, accept=settings.accept, given=settings.given))
     config = cfg.model_dump(mode="json")
     components = prepare(cfg, settings, lambda: check_new(folder or new_folder(cfg), config))
     check_roles(cfg.loop.start_from, components.roles)
@@ -371,7 +371,7 @@ def run_training(cfg: RunConfig, run: Run, components: Components, settings: Tra
         model = cfg.model
         if isinstance(model, DiffusersModel) and settings.given.pipeline is None:
             context.on_main(lambda: record_commits(model, run, console))
-        context.on_main(lambda: check_decoder(cfg, components, run.path, console))
+        context.on_main(lambda: check_decoder(cfg, components, run.path, console, settings.given))
     began = time.perf_counter()
     end = _train(cfg, run, components, settings)
     trained = TrainOutput(run.path, end, cfg.loop.steps, time.perf_counter() - began, components=components)

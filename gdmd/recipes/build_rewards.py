@@ -217,11 +217,12 @@ def try_rewards(
     index = torch.arange(2, device=device)
     rows = (meta, meta) if meta is not None else ()
     prompts = PromptBatch(index, (prompt, prompt), index, {}, {}, meta=rows, columns=columns)
-    for reward in _with_parts(rewards):
-        if isinstance(reward, RemoteReward):
-            reward.version()  # a clear error for a server that does not answer
-        if not isinstance(reward, Composite):
-            _try(reward, images, prompts)
+    with without_stats(rewards):
+        for reward in _with_parts(rewards):
+            if isinstance(reward, RemoteReward):
+                reward.version()  # a clear error for a server that does not answer
+            if not isinstance(reward, Composite):
+                _try(reward, images, prompts)
 
 
 def _with_parts(rewards: Iterable[Reward]) -> Iterator[Reward]:

@@ -79,9 +79,12 @@ def recipe_from(
     pipeline = None if isinstance(model, str | Path) else model
     if pipeline is not None and isinstance(cfg.model, DiffusersModel):
         set_ = [name for name in _OF_FILES if getattr(cfg.model, name) != DiffusersModel.model_fields[name].default]
-        if set_:
-            advice = "cannot be used with an open pipeline; give the teacher as a folder or hub id"
-            raise ConfigError([f"model.{one}: {advice}" for one in set_])
+        advice = "cannot be used with an open pipeline; give the teacher as a folder or hub id"
+        mistakes = [f"model.{one}: {advice}" for one in set_]
+        if cfg.needs_real:  # the open pipeline may have another VAE
+            mistakes.append(f"{cfg.needs_real} reads latents of the VAE in the model's files, and {advice}")
+        if mistakes:
+            raise ConfigError(mistakes)
     return cfg, GivenObjects(pipeline, functions, prompts)
 
 

@@ -28,7 +28,7 @@ from gdmd.rewards.user_code import source_hash
 from gdmd.rewards.weights import converted_folder, pretrained_weights
 from gdmd.runs import checkpoint
 from gdmd.runs.assets import asset_path
-from gdmd.runs.inputs import Change, Input, changes_of, record, recorded
+from gdmd.runs.inputs import Change, Input, changes_of, kind_of, record, recorded
 from gdmd.runs.run_folder import Run, read_facts
 from gdmd.runs.student_file import read_student_file, student_file
 
@@ -76,8 +76,11 @@ def check_inputs(
     record(run, inputs, changes, max(steps, default=0))
 
 
-def check_start(cfg: RunConfig, *, accept: bool = False) -> None:
-    """RunError if loop.start_from names a run of another base model, which its adapters would not fit."""
+def check_start(cfg: RunConfig, *, accept: bool = False, given: GivenObjects = NOTHING_GIVEN) -> None:
+    """RunError if loop.start_from names a run of another base model, which its adapters would not fit.
+
+    A run of an open pipeline recorded its weights in memory, other runs the files.
+    """
     if not cfg.loop.start_from or accept:
         return
     run, file = Path(cfg.loop.start_from), student_file(cfg.loop.start_from)
@@ -85,7 +88,9 @@ def check_start(cfg: RunConfig, *, accept: bool = False) -> None:
     theirs = read_student_file(file).metadata["inputs"] if file else theirs
     if not theirs:
         return
-    own = {k: one for k, one in _base(cfg.model).items() if k in theirs and ".".join(k.split(".")[:2]) in BASE}
+    in_memory = kind_of(theirs.get("model.path", {}).get("fingerprint")) == "weights" and given.pipeline is not None
+    base = _opened(given) if in_memory else _base(cfg.model)
+    own = {k: one for k, one in base.items() if k in theirs and ".".join(k.split(".")[:2]) in BASE}
     for change in changes_of(theirs, own):
         if change.known:
             raise RunError(
@@ -138,8 +143,7 @@ def inputs_of(cfg: RunConfig, given: GivenObjects = NOTHING_GIVEN) -> dict[str, 
     elif cfg.prompts.file is not None:
         found["prompts.file"] = _prompts(cfg.prompts.file, cfg.prompts.column)
     if given.pipeline is not None:
-        found["model.path"] = Input(f"{PYTHON}{type(given.pipeline).__name__}", given.pipeline_content)
-        found["model.path.settings"] = Input(type(given.pipeline.scheduler).__name__, given.pipeline_settings)
+        found |= _opened(given)
     else:
         found |= _base(cfg.model)
     if isinstance(cfg.model, DiffusersModel) and cfg.needs_real and cfg.real_data is not None:
@@ -168,6 +172,15 @@ def _require_given(
             f"{run.path} was started from Python with objects that its folder does not hold: {names}. Resume it with the "
             "same DistillationTrainer(...).train(resume_from_checkpoint=True)"
         )
+
+
+def _opened(given: GivenObjects) -> dict[str, Input]:
+    """An open pipeline as the base model."""
+    pipe = given.pipeline
+    return {
+        "model.path": Input(f"{PYTHON}{type(pipe).__name__}", given.pipeline_content),
+        "model.path.settings": Input(type(pipe.scheduler).__name__, given.pipeline_settings),
+    }
 
 
 def _base(model: DiffusersModel | ShapesModel) -> dict[str, Input]:

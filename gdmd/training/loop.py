@@ -175,6 +175,7 @@ class _Trainer:
         self.method, self.roles, self.stream, self.cfg, self.run, self.hooks = method, roles, stream, cfg, run, hooks
         self.context, self.progress = context, hooks.progress
         self.states: dict[Role, RoleState] = role_states(roles, cfg, context)
+        self.factors = dict.fromkeys(self.states, 0.0)  # of the learning rates in the last update
         self.means = Means()
         self.state = TrainerState(0, cfg.steps, run.path, context.is_main)
         self.trackers = trackers(cfg.report_to, run, self.progress.note) if context.is_main else []
@@ -225,7 +226,8 @@ class _Trainer:
         try:
             with self.naming_step(step + 1), deferred_checks():
                 for update in self.method.iteration(step, prompts, rng):
-                    self.means.add(self.states[update.role].apply(update, self._lr_factor(step)))
+                    self.factors[update.role] = self._lr_factor(step)
+                    self.means.add(self.states[update.role].apply(update, self.factors[update.role]))
         except NonFiniteError as error:
             raise self._explained(error, step + 1, prompts) from error
         self._check_skipped(step + 1)
@@ -262,7 +264,7 @@ class _Trainer:
         values = self.means.read(self.context)
         values["speed/images_per_s"] = self._images / (time.perf_counter() - self._clock)
         for role, state in self.states.items():
-            values[f"lr/{role}"] = state.optimizer.lr * self._lr_factor(step - 1)
+            values[f"lr/{role}"] = state.optimizer.lr * self.factors[role]
             values[f"updates/{role}"] = state.updates
             values[f"skipped/{role}"] = state.skipped
         with self.naming_step(step):

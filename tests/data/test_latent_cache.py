@@ -102,6 +102,17 @@ def test_draws_depend_on_the_sample_only(tmp_path: Path) -> None:
         latents.check(["x", "caption 1", "y"])
 
 
+def test_prompts_of_several_lines_are_captions(tmp_path: Path) -> None:
+    """Prompts keep the line breaks of the same text, with which captions are stored as one line."""
+    source = many(tmp_path / "images", 2)
+    for number in range(2):
+        (source / f"{number:03d}.txt").write_text("a red  circle\non a table\n")
+    store(tmp_path, source).prepare((8, 8), lambda: doubled, 0)
+    latents, prompts = store(tmp_path, source).open(), ["a red  circle\non a table", "a red circle on a table"]
+    latents.check(prompts)
+    assert latents(*drawn(prompts)).shape == (2, 3, 8, 8)
+
+
 def test_other_vaes_and_sources_are_errors(tmp_path: Path) -> None:
     source = many(tmp_path / "images", 2)
     store(tmp_path, source).prepare((8, 8), lambda: doubled, 0)

@@ -14,6 +14,7 @@ import diffusers
 from stock_pipelines import UNIFORM, noises_of, stock_images, student_of, trainers_images
 
 from gdmd.export.student import student_pipeline
+from gdmd.models.lora import NO_ADAPTER
 
 
 @pytest.mark.parametrize(("name", "full"), [("sdxl", "none"), ("flux2_klein", "none"), ("sd3", "student")])
@@ -35,6 +36,17 @@ def test_pipeline_of_a_student_in_training(
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved")
     assert type(again) is kind
     assert torch.allclose(stock_images(again, roles, noises, monkeypatch), wanted, atol=1e-4)
+    assert torch.allclose(stock_images(pipe, roles, noises, monkeypatch, bound=True), wanted, atol=1e-4)
+
+
+def test_pipeline_of_a_compiled_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks are its own: those in training have another adapter active by the next call."""
+    roles = student_of(tmp_path, "sdxl")
+    noises = noises_of(roles)
+    wanted = trainers_images(roles, noises)
+    roles.compile(backend="eager")
+    pipe = student_pipeline(roles.family, roles.parameters("student"), UNIFORM)
+    roles.backbone.set_adapter(NO_ADAPTER)
     assert torch.allclose(stock_images(pipe, roles, noises, monkeypatch, bound=True), wanted, atol=1e-4)
 
 

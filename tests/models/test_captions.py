@@ -22,6 +22,7 @@ from stock_pipelines import shared
 from gdmd.config.image_source import read_source
 from gdmd.config.run import RunConfig
 from gdmd.models.loading import encoder_identity, open_family
+from gdmd.models.student_start import open_start
 from gdmd.models.tokens import readers_of
 from gdmd.programs.train import prepare
 from gdmd.recipes.build_data import vae_identity
@@ -232,3 +233,14 @@ def test_sana_source_uses_the_requested_size(folders: Path) -> None:
     source: Any = open_source(read_source(f"{tiny.saved(folders, 'sana')},dtype=fp32,device=cpu,height=32,width=64"))
     assert source.arguments["use_resolution_binning"] is False
     assert source.info.identity["use_resolution_binning"] is False
+
+
+def test_embedded_guidance_of_a_student(folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An LCM student reads it, although its teacher does not."""
+    pipe = tiny.sd15()
+    pipe.register_modules(unet=tiny.unet(16, time_cond_proj_dim=9))
+    pipe.save_pretrained(tmp_path / "lcm")
+    base = tiny.saved(folders, "sd15")
+    for student, notes in ((tmp_path / "lcm", 0), (base, 1)):
+        open_start(open_family(tiny.config(base, student=str(student), embedded_guidance=7.0)))
+        assert sum("embedded_guidance = 7 has no effect" in one for one in caplog.messages) == notes

@@ -27,6 +27,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from gdmd.config.image_source import read_source
 from gdmd.config.methods.dmd import DMDConfig
 from gdmd.config.methods.gdmd import GDMDConfig
+from gdmd.config.rewards import CompositeConfig
 from gdmd.config.run import RunConfig
 from gdmd.config.training import LoopConfig
 from gdmd.config.validation import ValidationConfig
@@ -36,6 +37,8 @@ from gdmd.programs.decoder_check import check_decoder
 from gdmd.programs.export import export_run
 from gdmd.programs.train import TrainSettings, create_run, prepare
 from gdmd.recipes.build import Components, build
+from gdmd.recipes.build_rewards import reward_stats
+from gdmd.recipes.objects import PYTHON, GivenObjects
 from gdmd.runs.run_folder import Run, create, read_facts, read_metrics
 from gdmd.sources.base import EXPORT_FILE
 from gdmd.sources.draw import draw
@@ -314,6 +317,21 @@ def test_scoring_decoder_is_compared_with_the_vae(folders: Path, tmp_path: Path)
     check_decoder(cfg, build(cfg, "cpu"), run, Console(file=said))
     (again,) = json.loads(file.read_text())["rewards"]
     assert again["rough"] != row["rough"] and again["full"] == pytest.approx(row["full"])
+
+
+def test_check_of_the_decoder_counts_in_no_statistics(folders: Path, tmp_path: Path) -> None:
+    """Also of an open pipeline that was loaded from nowhere."""
+    shape = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "latent_channels": 4}
+    AutoencoderTiny(**shape, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(tmp_path / "taesd")
+    part = {"reward": {"kind": "callable", "target": "test_real_training:brightness"}}
+    own = GDMDConfig(group_size=2, guidance=3.0, step_draw="batch")
+    cfg = recipe(folders, "sd15", 1, own, scoring_decoder=str(tmp_path / "taesd"), scoring_check=2)
+    model = cfg.model.model_copy(update={"path": f"{PYTHON}StableDiffusionPipeline"})
+    changes = {"rewards": (CompositeConfig.model_validate({"parts": [part]}),), "model": model}
+    cfg, given = cfg.model_copy(update=changes), GivenObjects(tiny.sd15())
+    components = build(cfg, "cpu", given)
+    check_decoder(cfg, components, tmp_path, Console(file=io.StringIO()), given)
+    assert (tmp_path / "scoring_decoder.json").is_file() and not reward_stats(components.rewards)
 
 
 def test_moved_base_and_precisions(folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,6 +21,7 @@ from gdmd.recipes.build_rewards import build_rewards, reward_specs, try_rewards
 from gdmd.recipes.inputs import inputs_of
 from gdmd.recipes.read import read_recipe
 from gdmd.recipes.reward_identity import scorer_identity
+from gdmd.rewards import OCR
 from gdmd.rewards.callable import CallableReward
 from gdmd.rewards.clip import CLIPScore
 from gdmd.rewards.composite import Composite, Part
@@ -377,3 +378,9 @@ def test_the_program_finds_a_function_next_to_the_working_directory(tmp_path: Pa
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 2 and "mine.py:2, in warm: `return [0] * len(imagess)`: NameError" in done.stderr
         assert not (tmp_path / "run").exists()
+
+
+def test_the_trial_before_training_counts_in_no_statistics() -> None:
+    reward = OCR.from_modules(lambda image: "OPEN")
+    try_rewards([reward], (8, 8), "a dog", None, "cpu")
+    assert reward.stats()["reward/ocr/unasked"] == 0 and not reward.unscored_because()

@@ -181,6 +181,13 @@ def test_resume_skips_a_damaged_newest_checkpoint(tmp_path: Path) -> None:
     assert watcher.steps == [6, 7, 8, 9, 10]
 
 
+def test_learning_rate_of_a_row_is_that_of_its_last_update(tmp_path: Path) -> None:
+    """The warm-up counts student updates, of which an iteration of the toy has two."""
+    watcher = Watcher()
+    Toy(tmp_path / "run", toy_config(2, log_every=1, lr_schedule="constant", warmup=10), hooks=Hooks(watcher)).train()
+    assert [row["lr/student"] for _, row in watcher.rows] == pytest.approx([1e-2 * 2 / 10, 1e-2 * 4 / 10])
+
+
 def test_resume_of_a_finished_run(tmp_path: Path) -> None:
     first = Toy(tmp_path / "run", toy_config(6)).train()
     watcher = Watcher()
