@@ -37,7 +37,7 @@ Reference = Annotated[Path | None, typer.Option(help="Folder of real images for 
 OwnFolder = Annotated[Path | None, typer.Option("--out", "-o", help="Images and scores; default: RUN/preference.")]
 Shard = Annotated[
     str | None,
-    typer.Option(metavar="K/N", help="Only generate images, of the prompts K, K + N, K + 2N, ... (K from 0 to N - 1)."),
+    typer.Option(metavar="K/N", help="Only generate the images of prompts K, K + N, K + 2N, ..., K from 0 to N - 1."),
 ]
 
 
