@@ -20,7 +20,7 @@ help:  ## show this help
 	@echo "make TARGET   (PYTHON=$(PYTHON) VENV=$(VENV))"
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.installed  ## distill a four-step student on the Shapes lab and write a report (5 minutes on two cores)
+demo: $(VENV)/.installed  ## distill four-step students on the Shapes world and write a report (5 minutes on two cores)
 	$(BIN)/gdmd demo
 
 test: $(VENV)/.installed-dev  ## run all tests

@@ -36,7 +36,8 @@ Features = Annotated[
 Reference = Annotated[Path | None, typer.Option(help="Folder of real images for FID and MMD.")]
 OwnFolder = Annotated[Path | None, typer.Option("--out", "-o", help="Images and scores; default: RUN/preference.")]
 Shard = Annotated[
-    str | None, typer.Option(metavar="K/N", help="Only generate the images of every N-th prompt, starting at the K-th.")
+    str | None,
+    typer.Option(metavar="K/N", help="Only generate the images of prompts K, K + N, K + 2N, ..., K from 0 to N - 1."),
 ]
 
 

@@ -21,8 +21,7 @@ class GDMDConfig(DistillationConfig):
     )
     collection: Literal["all", "t", "fake"] = Field(
         default="all",
-        description="DaGC: what varies within the group: t (one fake score), fake (one t and eps), or all = both (the "
-        "best).",
+        description="DaGC: what varies within the group: t (one fake score), fake (one t and eps), or all = both.",
     )
     scored_step: NonNegative = Field(
         default=0.3,
