@@ -21,10 +21,11 @@ from rich.console import Console
 
 from gdmd import ConfigError, DistillationTrainer, DMD2Config, DMDConfig, GDMDConfig, RunError, TrainerCallback
 from gdmd import TrainingConfig as Args
+from gdmd.config.model import DiffusersModel
 from gdmd.config.run import ShapesReward
 from gdmd.config.shapes_pipeline import located
 from gdmd.models.loading import adopt
-from gdmd.programs.train import TrainSettings
+from gdmd.programs.train import TrainSettings, _hints
 from gdmd.recipes.inputs import check_inputs, check_start
 from gdmd.recipes.objects import GivenObjects
 from gdmd.recipes.read import read_recipe
@@ -308,6 +309,22 @@ def test_open_pipeline(tmp_path: Path) -> None:
     )
     assert torch.allclose(merged.unet.time_embedding.linear_1.bias, opened().unet.time_embedding.linear_1.bias)
     assert kept is None or torch.isfinite(kept).all()
+
+
+def test_next_steps_of_a_pipeline_built_in_memory_name_its_folder() -> None:
+    loaded = DiffusersModel.model_construct(path="base")
+    cfg = DistillationTrainer("shapes:sdxl", None, ["shapes_clip"]).config
+    built = cfg.model_copy(update={"model": loaded.model_copy(update={"path": "python:FluxPipeline"})})
+    assert _hints(built, "run") == [
+        "the base pipeline exists in memory only: save it to a FOLDER before you use the run without it",
+        "score the student with: gdmd eval preference run,base=FOLDER --prompts FILE --scorer clip",
+        "export it for diffusers with: gdmd export run --base FOLDER",
+    ]
+    loaded_hints = _hints(cfg.model_copy(update={"model": loaded}), "run")
+    assert [hint.split(": ")[1] for hint in loaded_hints] == [
+        "gdmd eval preference run --prompts FILE --scorer clip",
+        "gdmd export run",
+    ]
 
 
 def test_second_stage_of_an_open_pipeline_needs_the_same_one(tmp_path: Path) -> None:

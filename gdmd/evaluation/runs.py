@@ -52,21 +52,25 @@ def measure(cfg: RunConfig, components: Components, sampler: Sampler, split: Spl
     size = cfg.eval
     count = len(TASKS) * size.per_task * size.images
     what = f"measuring {sampler.name} on {count:,} images"
-    with progress_bar(what, count + min(WARM_UP, count), then="scoring") as advance:
-        found = evaluate(_counting(sampler, advance), components, size, scorers_of(cfg), split)
+    with progress_bar(what, count, then="scoring") as advance:
+        found = evaluate(_counting(sampler, advance, min(WARM_UP, count)), components, size, scorers_of(cfg), split)
     rows = fixed_rows(split, size.per_task)
     tasks, captions = [TASKS[int(catalog().task[row])] for row in rows], catalog().texts(rows)
     row = found.json() | {PER_IMAGE: per_image(found.correct.tolist(), tasks, captions, size.images, split, size.seed)}
     return row | ({"step": step} if step else {})
 
 
-def _counting(sampler: Sampler, advance: Callable[[int], None]) -> Sampler:
-    """The same sampler; it tells ``advance`` how many images it has drawn."""
+def _counting(sampler: Sampler, advance: Callable[[int], None], warm_up: int = 0) -> Sampler:
+    """The same sampler; it tells ``advance`` how many images it has drawn after the ``warm_up``."""
+    drawn = -warm_up
 
     def latents(texts: Sequence[str], rng: SampleRng) -> Tensor:
-        drawn = sampler.latents(texts, rng)
-        advance(len(texts))
-        return drawn
+        nonlocal drawn
+        found = sampler.latents(texts, rng)
+        drawn += len(texts)
+        if drawn > 0:
+            advance(len(texts))
+        return found
 
     return replace(sampler, latents=latents)
 

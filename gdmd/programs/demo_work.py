@@ -166,7 +166,7 @@ def in_two_processes(configs: Configs, folder: Path, console: Console) -> int | 
     """
     log = folder / LOG
     console.print(
-        f"DMD and what needs no training run in a second process; its log: {log}", markup=False, highlight=False
+        f"A second process trains DMD and measures the reference models; its log: {log}", markup=False, highlight=False
     )
     before, threads = torch.get_num_threads(), min(torch.get_num_threads(), cores() // 2)
     child = get_context("spawn").Process(target=_second, args=(configs, folder, threads), daemon=True)

@@ -48,7 +48,7 @@ from gdmd.recipes.build_rewards import (
 from gdmd.recipes.hub_revisions import record_commits
 from gdmd.recipes.inputs import check_inputs, check_start
 from gdmd.recipes.long_prompts import warn_long_prompts
-from gdmd.recipes.objects import NOTHING_GIVEN, GivenObjects
+from gdmd.recipes.objects import NOTHING_GIVEN, PYTHON, GivenObjects
 from gdmd.recipes.run_folders import check_resumable, new_folder, resumed
 from gdmd.reporting.progress_bar import phase
 from gdmd.runs.process import run_lock
@@ -68,10 +68,12 @@ if TYPE_CHECKING:
     from gdmd.models.roles import DiffusersRoles
 
 QUIET = Console(quiet=True)
-SCORE = "score the student with: gdmd eval preference {run} --prompts FILE --scorer clip"
+SCORE = "score the student with: gdmd eval preference {source} --prompts FILE --scorer clip"
 """The next step after the training of a real model, which has no built-in evaluation."""
-EXPORT = "export it for diffusers with: gdmd export {run}"
+EXPORT = "export it for diffusers with: gdmd export {run}{base}"
 """The next step after the training of any diffusers pipeline."""
+SAVE = "the base pipeline exists in memory only: save it to a FOLDER before you use the run without it"
+"""The first step after the training of a pipeline that was not loaded from a folder or hub id."""
 
 
 @dataclass(frozen=True)
@@ -377,8 +379,8 @@ def run_training(cfg: RunConfig, run: Run, components: Components, settings: Tra
     trained = TrainOutput(run.path, end, cfg.loop.steps, time.perf_counter() - began, components=components)
     if end.signal is not None or not settings.evaluation or not context.is_main:
         return trained
-    for hint in (*([] if cfg.shapes_world else [SCORE]), *([EXPORT] if cfg.model.kind == "diffusers" else [])):
-        settings.say(hint.format(run=typed(run.path)))
+    for hint in _hints(cfg, typed(run.path)):
+        settings.say(hint)
     if not cfg.shapes_world:
         with phase("writing the report", console):
             return replace(trained, report=report_run(run.path))
@@ -387,6 +389,17 @@ def run_training(cfg: RunConfig, run: Run, components: Components, settings: Tra
         whole = build(cfg, settings.device, settings.given)
     row, report = finish_run(cfg, run.path, whole, end.step)  # shows its own progress
     return replace(trained, evaluation=row, report=report)
+
+
+def _hints(cfg: RunConfig, run: str) -> list[str]:
+    """The next steps after a training."""
+    in_memory = isinstance(cfg.model, DiffusersModel) and cfg.model.path.startswith(PYTHON)
+    hints = [SAVE] if in_memory else []
+    if not cfg.shapes_world:
+        hints.append(SCORE.format(source=f"{run},base=FOLDER" if in_memory else run))
+    if isinstance(cfg.model, DiffusersModel):
+        hints.append(EXPORT.format(run=run, base=" --base FOLDER" if in_memory else ""))
+    return hints
 
 
 def _train(cfg: RunConfig, run: Run, components: Components, settings: TrainSettings) -> TrainEnd:

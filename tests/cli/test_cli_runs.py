@@ -225,6 +225,13 @@ def test_report_measures_missing_rows(gdmd: Gdmd) -> None:
     assert [(row["nfe"], row["images"]) for row in rows.values()] == [(8, 24), (4, 24), (4, 24)]
 
 
+def test_progress_of_a_measurement_counts_its_images(gdmd: Gdmd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the images of the warm-up, which are thrown away."""
+    monkeypatch.setattr("gdmd.reporting.progress_bar.SECONDS_PER_LINE", -1.0)
+    done = gdmd("eval", "teacher-4", "--per-task", "2", "--images", "2")
+    assert "on 24 images: 24 of 24" in done.err and "25 of" not in done.err and " of 32" not in done.err, done.err
+
+
 def test_end_of_training_keeps_current_rows_only(gdmd: Gdmd) -> None:
     """A resumed run leaves out teacher rows that were measured with other settings or by an older version."""
     gdmd.trained()
