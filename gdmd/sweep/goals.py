@@ -116,20 +116,23 @@ def goals(lines: Sequence[Line], captions: Captions) -> list[Goal]:
         (f"GDMD full / teacher with {most} NFE", _share, full, teacher, lab),
         ("exported LoRA in diffusers - the same LoRA in gdmd", np.subtract, exported, student, None),
     ]
-    for longer in _rows(lines, "gdmd", "lora")[1:]:
+    trained_longer = _rows(lines, "gdmd", "lora")[1:]
+    for longer in trained_longer:
         updates = _updates(longer)
         name = f"LoRA, {updates} updates"
-        wanted.append((f"GDMD {name} / teacher with {most} NFE", _share, longer, teacher, LONGER_OF_TEACHER))
+        first = next(row for row in trained_longer if _updates(row) == updates)
+        gdmd = f"GDMD {name}" if longer is first else f"GDMD {name} ({_any(longer)['method']})"
+        wanted.append((f"{gdmd} / teacher with {most} NFE", _share, longer, teacher, LONGER_OF_TEACHER))
         for method, title in _BASELINES.items():
             rows = _rows(lines, method, "lora")
             same = [row for row in rows if _updates(row) == updates]
             for row in same:
                 which = f" ({_any(row)['method']})" if len(same) > 1 else ""
-                wanted.append((f"GDMD {name} - {title} {name}{which}", np.subtract, longer, row, OVER_DMD))
+                wanted.append((f"{gdmd} - {title} {name}{which}", np.subtract, longer, row, OVER_DMD))
             for row in rows:
                 if row not in same and math.isclose(_any(row)["passes"], _any(longer)["passes"], rel_tol=SAME_PASSES):
                     other = f"{title} LoRA, as many passes ({_updates(row):,} updates)"
-                    wanted.append((f"GDMD {name} - {other}", np.subtract, longer, row, OVER_DMD))
+                    wanted.append((f"{gdmd} - {other}", np.subtract, longer, row, OVER_DMD))
     found = [(text, captions.compare(how, a, b), target, how) for text, how, a, b, target in wanted]
     return [Goal(text, one, target, how is _share) for text, one, target, how in found if one]
 

@@ -61,6 +61,7 @@ def test_a_longer_training_is_compared_with_its_teacher_and_baselines_of_as_many
     students += [trained("dmd_refl_lora", 5, 1_490), trained("dmd_lora", 5, 1_400)]  # 0.7 and 7 % fewer passes
     found = every_goal(line("teacher_teacher", 6, steps=28, guided=True), *students)
     students += [trained("dmd_refl_lora", right, 600) | {"method": f"refl_{right}"} for right in (6, 8)]
+    students.append(trained("gdmd_lora", 8, 600) | {"method": "gdmd_6"})
     found |= every_goal(*students)
     assert {text: (round(goal.found.value, 4), goal.met) for text, goal in found.items()} == {
         "GDMD LoRA / teacher with 56 NFE": (round(5 / 6, 4), False),
@@ -71,6 +72,11 @@ def test_a_longer_training_is_compared_with_its_teacher_and_baselines_of_as_many
         "GDMD LoRA, 600 updates - DMD + ReFL LoRA, as many passes (1,490 updates)": (0.25, True),
         "GDMD LoRA, 600 updates - DMD + ReFL LoRA, 600 updates (refl_6)": (0.125, True),
         "GDMD LoRA, 600 updates - DMD + ReFL LoRA, 600 updates (refl_8)": (-0.125, False),
+        "GDMD LoRA, 600 updates (gdmd_6) - DMD LoRA, 600 updates": (0.375, True),
+        "GDMD LoRA, 600 updates (gdmd_6) - Algorithm 1 LoRA, 600 updates": (0.25, True),
+        "GDMD LoRA, 600 updates (gdmd_6) - DMD + ReFL LoRA, 600 updates (refl_6)": (0.25, True),
+        "GDMD LoRA, 600 updates (gdmd_6) - DMD + ReFL LoRA, 600 updates (refl_8)": (0.0, False),
+        "GDMD LoRA, 600 updates (gdmd_6) - DMD + ReFL LoRA, as many passes (1,490 updates)": (0.375, True),
     }
 
 
