@@ -27,6 +27,7 @@ PIPELINES = {
     "dmd_600": ("DMD", "4"),
     "refl_600": ("DMD + ReFL", "4"),
     "gdmd_600": ("tilted GDMD, 2.5 times the passes", "4"),
+    "refl_passes": ("DMD + ReFL, 1,484 updates: as many passes as GDMD", "4"),
 }
 """Row of the sweep pipelines, without its family -> name, NFE per image."""
 COLORS = ("#222222", "#b58900", "#7a5195", "#56b4e9", "#d55e00")
