@@ -18,11 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from gdmd.config.image_source import read_source
-from gdmd.config.rewards import ClipConfig, CompositeConfig, RemoteConfig
 from gdmd.evaluation.compare import EvalOptions, compare, preference
 from gdmd.evaluation.geneval import images_key
 from gdmd.evaluation.model_page import differences
-from gdmd.evaluation.preference import _trained
 from gdmd.sources.runs import RunSource
 
 SCORERS = ("test_model_evaluation:brightness", "test_model_evaluation:green")
@@ -92,24 +90,6 @@ def test_known_means_and_intervals(gdmd: Gdmd) -> None:
     assert json.loads(Path("eval/preference.json").read_text()) == row
     unknown = preference(read_source(str(a)), settings(), Path("again"), quiet)
     assert unknown["scores"][SCORERS[0]]["trained"] is None and row["seconds_per_image"] is None
-
-
-def test_trained_names_are_checked(gdmd: Gdmd) -> None:
-    """A misspelled one would leave its column marked as held out."""
-    a, _ = world(gdmd)
-    with pytest.raises(ValueError, match="trained=pickscor: unknown scorer; did you mean 'pickscore'"):
-        preference(read_source(f"{a},trained=pickscor"), settings(), Path("eval"), quiet)
-    with pytest.raises(ValueError, match=f"trained=xyz: unknown scorer; the scorers here are '{SCORERS[0]}'"):
-        preference(read_source(f"{a},trained={SCORERS[0]}+xyz"), settings(), Path("eval"), quiet)
-    assert preference(read_source(f"{a},trained=pickscore"), settings(), Path("eval"), quiet)  # no column here
-
-
-def test_scorer_with_a_trained_part_was_trained_on() -> None:
-    parts = [{"reward": {"kind": kind}, "mean": 0, "std": 1} for kind in ("hps", "clip")]
-    both = CompositeConfig.model_validate({"kind": "composite", "parts": parts})
-    spec = RemoteConfig(url="http://host:1", reward="hps")
-    marks = [_trained(one, ("hps",)) for one in (both, spec, ClipConfig())]
-    assert marks == [True, True, False] and _trained(both, ("aesthetic",)) is False and _trained(both, None) is None
 
 
 def test_repeated_prompts_are_one_prompt_of_an_interval(gdmd: Gdmd) -> None:
