@@ -316,7 +316,7 @@ def test_next_steps_of_a_pipeline_built_in_memory_name_its_folder() -> None:
     cfg = DistillationTrainer("shapes:sdxl", None, ["shapes_clip"]).config
     built = cfg.model_copy(update={"model": loaded.model_copy(update={"path": "python:FluxPipeline"})})
     assert _hints(built, "run") == [
-        "the base pipeline exists in memory only: save it to a FOLDER before you use the run without it",
+        "the base pipeline exists only in memory: save it to a FOLDER, which the next commands need",
         "score the student with: gdmd eval preference run,base=FOLDER --prompts FILE --scorer clip",
         "export it for diffusers with: gdmd export run --base FOLDER",
     ]

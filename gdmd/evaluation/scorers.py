@@ -67,7 +67,7 @@ def shapes_scorers() -> tuple[RewardConfig, ...]:
 
 
 def check_trained(sources: Sequence[SourceConfig], specs: Sequence[RewardConfig]) -> None:
-    """ValueError for a source with ``trained`` = neither a scorer nor a kind of reward: no column would be marked."""
+    """ValueError if ``trained`` of a source names neither a scorer nor a kind of reward, so that it would mark no column."""
     labels = [label for spec in specs for label in labels_of(spec)]
     known = labels + kinds(models_in(RewardConfig))
     for source in sources:

@@ -72,7 +72,7 @@ SCORE = "score the student with: gdmd eval preference {source} --prompts FILE --
 """The next step after the training of a real model, which has no built-in evaluation."""
 EXPORT = "export it for diffusers with: gdmd export {run}{base}"
 """The next step after the training of any diffusers pipeline."""
-SAVE = "the base pipeline exists in memory only: save it to a FOLDER before you use the run without it"
+SAVE = "the base pipeline exists only in memory: save it to a FOLDER, which the next commands need"
 """The first step after the training of a pipeline that was not loaded from a folder or hub id."""
 
 

@@ -30,7 +30,7 @@ OVER_FEW_STEPS, OVER_DMD = 0.10, 0.02
 _BASELINES = {"dmd": "DMD", "algorithm_1": "Algorithm 1", "dmd_refl": "DMD + ReFL"}
 """Methods with which GDMD LoRAs are compared after as many updates or passes; the names are those of ``pipeline_facts``."""
 SAME_PASSES = 0.01
-"""Largest relative difference of passes that count as equal: less than one update in a hundred."""
+"""Largest relative difference of passes that count as equal."""
 LAB_STUDENT, LAB_TEACHER = 0.553, 0.590
 """ShapesEval of GDMD after 200 updates and of its teacher (docs/results/shapes.jsonl, means over five seeds)."""
 
@@ -129,8 +129,9 @@ def goals(lines: Sequence[Line], captions: Captions) -> list[Goal]:
             for row in same:
                 which = f" ({_any(row)['method']})" if len(same) > 1 else ""
                 wanted.append((f"{gdmd} - {title} {name}{which}", np.subtract, longer, row, OVER_DMD))
-            for row in rows:
-                if row not in same and math.isclose(_any(row)["passes"], _any(longer)["passes"], rel_tol=SAME_PASSES):
+            passes = _any(longer)["passes"]
+            for row in (row for row in rows if _updates(row) != updates):
+                if math.isclose(_any(row)["passes"], passes, rel_tol=SAME_PASSES):
                     other = f"{title} LoRA, as many passes ({_updates(row):,} updates)"
                     wanted.append((f"{gdmd} - {other}", np.subtract, longer, row, OVER_DMD))
     found = [(text, captions.compare(how, a, b), target, how) for text, how, a, b, target in wanted]
