@@ -14,8 +14,6 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from scipy.stats import ttest_ind
-
 from gdmd.config.validation import DIVERSITY, PREFIX, TEACHER, split_size
 
 FEW = 9
@@ -63,6 +61,8 @@ def teacher_score(rows: Sequence[Mapping[str, float]], label: str) -> float | No
 
 def trend(rows: Sequence[Mapping[str, float]], label: str) -> Trend | None:
     """The trend of the student's score; None with fewer than FEW values."""
+    from scipy.stats import ttest_ind  # on first use, because it takes a second
+
     key = PREFIX + label
     values = [row[key] for row in rows if row["step"] > 0 and math.isfinite(row.get(key, math.nan))]
     if len(values) < FEW:
