@@ -33,7 +33,7 @@ SETTINGS = (
     "validation.every=0",
     "loop.threads=1",
 )
-PER_TASK, IMAGES = 50, 2  # captions of each of six tasks, and images of each: 600
+PER_TASK, IMAGES = 20, 2  # captions of each of six tasks, and images of each: 240
 
 
 def gain(name: str, seed: int, run: Path, *more: str) -> float:

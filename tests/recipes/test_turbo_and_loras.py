@@ -42,6 +42,7 @@ from gdmd.models.roles import DiffusersRoles
 from gdmd.models.student_start import check_alike, open_start
 from gdmd.plan.cost_model import GPUS
 from gdmd.plan.estimate import plan
+from gdmd.plan.networks import Costs
 from gdmd.recipes.build import build
 from gdmd.recipes.inputs import check_start
 from gdmd.recipes.open_run import open_named, open_student
@@ -339,6 +340,7 @@ def test_student_as_a_pipeline(
     overrides |= {"model.full": full, "model.embeddings": str(tmp_path / "embeddings")}
     run, export = tmp_path / "run", tmp_path / "export"
     overrides |= {"loop.batch_size": 4, "loop.threads": 1, "loop.warmup": 0, "loop.ema": 0.5, "validation.every": 0}
+    overrides |= {"eval.per_task": 1, "eval.images": 1, "eval.teacher_steps": 2}
     args = TrainingConfig(
         output_dir=run, max_steps=2, learning_rate=3e-3, lr_scheduler_type="constant", overrides=overrides
     )
@@ -455,14 +457,19 @@ def test_loras_and_a_quantized_base(loras: Mapping[str, Path]) -> None:
         recipe("sdxl", "model.quantization=int8", f"model.student_lora={loras['style']}")
 
 
+@pytest.fixture(scope="module")
+def costs() -> Costs:
+    """The costs of the SDXL miniature's calls, which take seconds to measure."""
+    return plan(recipe("sdxl"), GPUS["rtx4090"], 0.4).costs
+
+
 @pytest.mark.parametrize(
     ("full", "quantization", "networks"), [("none", "none", 2), ("none", "int8", 2), ("student", "none", 1)]
 )
-def test_plan_counts_the_second_frozen_network(full: str, quantization: str, networks: int) -> None:
+def test_plan_counts_the_second_frozen_network(full: str, quantization: str, networks: int, costs: Costs) -> None:
+    settings = (f"model.full={full}", f"model.quantization={quantization}")
     plain, started = (
-        plan(
-            recipe("sdxl", f"model.full={full}", f"model.quantization={quantization}", *more), GPUS["rtx4090"], 0.4
-        ).cost.static["base model"]
+        plan(recipe("sdxl", *settings, *more), GPUS["rtx4090"], 0.4, costs).cost.static["base model"]
         for more in ((), ("model.student=shapes:sdxl",))
     )
     assert started == networks * plain
