@@ -11,7 +11,7 @@ from gdmd.config.names import listed
 from gdmd.io import write_atomic
 from gdmd.reporting.pages import Dot, DotPlot, Number, Verdict, data_uri, dot_plot, render
 from gdmd.reporting.tables import MISSING, Table, difference, number, plus_minus
-from gdmd.shapes.evaluate import HELDOUT
+from gdmd.shapes.evaluate import CHECKED, HELDOUT
 from gdmd.shapes.same_noise import read_same_noise
 from gdmd.sweep.figures import FIGURES, row_colors
 from gdmd.sweep.tables import (
@@ -116,10 +116,16 @@ def _introduction(results: Results, about: About) -> list[str]:
     parts.append(
         f"{about.beginning} A number is the mean over {len(about.seeds)} seeds ({', '.join(map(str, about.seeds))}) of "
         f"{about.images:,} images each ({about.split} captions, EMA weights){about.others}; +- is the standard deviation "
-        "over seeds. † marks rewards that students were trained on; **everything else is unseen in training**: the checker "
-        "behind ShapesEval, the held-out scorer, fidelity, coverage. The best student of a column is emphasized."
+        f"over seeds. † marks rewards that students were trained on; **everything else is unseen in training**: "
+        f"{', '.join(_unseen(results))}. The best student of a column is emphasized."
     )
     return [*parts, *_foreign(results)]
+
+
+def _unseen(results: Results) -> list[str]:
+    """The measures that the headline row was not trained on. A reward that is a part of the checker shows ShapesEval."""
+    known = {CHECKED: "the checker behind ShapesEval", HELDOUT: "the held-out scorer"}
+    return [*(text for name, text in known.items() if name not in results.trained), "fidelity", "coverage"]
 
 
 def _foreign(results: Results) -> list[str]:
@@ -128,11 +134,8 @@ def _foreign(results: Results) -> list[str]:
     listed = "; ".join(f"**{title}** was trained on {', '.join(names)} instead" for title, names in rows if names)
     if not listed:
         return []
-    checker = " (a part of the checker, so that its ShapesEval is not unseen either)" if _CHECKED in listed else ""
+    checker = " (a part of the checker, so that its ShapesEval is not unseen either)" if CHECKED in listed else ""
     return [f"{listed}{checker}: the row shows what that reward is worth and is never the best."]
-
-
-_CHECKED = "shapes_partial_credit"
 
 
 def _tables(results: Results) -> list[Section]:

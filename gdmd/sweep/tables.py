@@ -75,8 +75,8 @@ class Results:
 
     @property
     def trained(self) -> list[str]:
-        """The rewards that the headline row was trained on (those of any row while it is unfinished)."""
-        own = [line for line in self.lines if line["method"] == self.headline] or self.lines
+        """The rewards that the headline row was trained on; those of any row while it has none."""
+        own = [line for line in self.lines if line["method"] == self.headline and line.get("trained")] or self.lines
         return list(dict.fromkeys(name for line in own for name in line.get("trained", ())))
 
     def foreign(self, name: str) -> list[str]:
