@@ -30,6 +30,7 @@ from gdmd.recipes.inputs import on_base
 from gdmd.recipes.run_folders import config_of
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import read_facts, read_metrics
+from gdmd.runs.trained_on import trained_on
 from gdmd.sources.base import EXPORT_FILE
 
 _log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def export_run(
     facts = read_facts(run) | {"step": step, "scoring": read_gaps(run)}
     facts |= {"validation": validation_at(run, step) if measured else {}, "last_weights": not measured}
     content = describe(cfg, family, arguments, step, merged=whole)
+    content |= {"rewards": list(trained_on(cfg, run))}
     content |= {"loras": [one.model_dump() | {"path": _absolute(one.path)} for one in separate]} if separate else {}
     with writing("the export", target, option="--out"):
         target.mkdir(parents=True, exist_ok=True)
