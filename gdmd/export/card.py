@@ -47,7 +47,7 @@ def model_card(
     """
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     rewards = [reward.label for reward in cfg.rewards] if cfg.method.rewarded else []
-    before = [label for label in facts.get(TRAINED_BEFORE, ()) if label not in rewards]
+    before = [label for label in facts.get(TRAINED_BEFORE, ()) if label not in trained_rewards(cfg)]
     config = json.dumps(cfg.model_dump(mode="json"), indent=2)
     head = (
         f"# {cfg.name}: {len(cfg.method.student_steps)}-step student of {family.cfg.path}",

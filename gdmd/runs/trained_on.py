@@ -14,14 +14,26 @@ from gdmd.runs.student_file import read_student_file, student_file
 
 def trained_on(cfg: RunConfig, run: Path) -> tuple[str, ...]:
     """Labels of all rewards that trained the student of a run, its own first."""
+    return tuple(dict.fromkeys((*trained_rewards(cfg), *trained_before(cfg, run))))
+
+
+def trained_before(cfg: RunConfig, run: Path) -> tuple[str, ...]:
+    """Labels of the rewards of the runs before a run.
+
+    A run of an earlier version did not record them: they are read from its loop.start_from, if that is still there.
+    """
     facts = read_facts(run) if (run / "run.json").is_file() else {}
-    return tuple(dict.fromkeys((*trained_rewards(cfg), *facts.get(TRAINED_BEFORE, ()))))
+    if TRAINED_BEFORE in facts or not cfg.loop.start_from:
+        return tuple(facts.get(TRAINED_BEFORE, ()))
+    try:
+        return rewards_of_start(cfg.loop.start_from)
+    except ValueError:
+        return ()
 
 
 def note_start(run: Path, start_from: str) -> None:
     """Record in run.json the rewards that trained the student of ``start_from``."""
-    if labels := rewards_of_start(start_from):
-        write_facts(run, read_facts(run) | {TRAINED_BEFORE: list(labels)})
+    write_facts(run, read_facts(run) | {TRAINED_BEFORE: list(rewards_of_start(start_from))})
 
 
 def rewards_of_start(start_from: str) -> tuple[str, ...]:

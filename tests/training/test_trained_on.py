@@ -8,7 +8,7 @@ from cli_world import Gdmd
 
 from gdmd.config.image_source import read_source
 from gdmd.recipes.run_folders import config_of
-from gdmd.runs.run_folder import TRAINED_BEFORE, open_run, read_facts
+from gdmd.runs.run_folder import TRAINED_BEFORE, open_run, read_facts, write_facts
 from gdmd.runs.trained_on import rewards_of_start, trained_on
 from gdmd.sources.open import open_source
 
@@ -26,6 +26,10 @@ def test_rewards_of_the_runs_before_count_as_trained(gdmd: Gdmd) -> None:
     assert seen("run") == first and TRAINED_BEFORE not in read_facts(Path("run"))
     assert gdmd.train("loop.start_from=run", PARTIAL, "loop.seed=1", "--run", "second").code == 0
     assert seen("second") == ("shapes_partial_credit", *first)
+    facts = read_facts(Path("second"))
+    write_facts(Path("second"), {key: one for key, one in facts.items() if key != TRAINED_BEFORE})
+    assert seen("second") == ("shapes_partial_credit", *first)  # a run of an earlier version
+    write_facts(Path("second"), facts)
     assert gdmd("pretrain", "student", "--run", "second", "--out", "file").code == 0
     (file,) = Path("file").glob("*.safetensors")
     plain = ("method.gamma=0", "loop.steps=1", "loop.seed=2", "--run", "third")
