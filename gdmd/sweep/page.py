@@ -18,6 +18,7 @@ from gdmd.sweep.tables import (
     OVERALL,
     AgainstHeadline,
     Results,
+    Row,
     against_headline,
     brief_significance,
     by_task,
@@ -122,6 +123,11 @@ def _introduction(results: Results, about: About) -> list[str]:
     return [*parts, *_foreign(results)]
 
 
+def _instead(results: Results, row: Row) -> str:
+    """Whether a row's other rewards replaced those of the headline row or were added to them."""
+    return "too" if {*results.trained} <= {*results.seen(row.name)} else "instead"
+
+
 def _unseen(results: Results) -> list[str]:
     """The measures that the headline row was not trained on. A reward that is a part of the checker shows ShapesEval."""
     known = {CHECKED: "the checker behind ShapesEval", HELDOUT: "the held-out scorer"}
@@ -130,8 +136,10 @@ def _unseen(results: Results) -> list[str]:
 
 def _foreign(results: Results) -> list[str]:
     """A sentence on the rows that were trained on other rewards than the headline row; none without such rows."""
-    rows = [(row.title, results.foreign(row.name)) for row in results.present()]
-    listed = "; ".join(f"**{title}** was trained on {', '.join(names)} instead" for title, names in rows if names)
+    rows = [(row, results.foreign(row.name)) for row in results.present()]
+    listed = "; ".join(
+        f"**{row.title}** was trained on {', '.join(names)} {_instead(results, row)}" for row, names in rows if names
+    )
     if not listed:
         return []
     checker = " (a part of the checker, so that its ShapesEval is not unseen either)" if CHECKED in listed else ""

@@ -248,6 +248,9 @@ def test_a_page_calls_no_measure_unseen_that_the_headline_row_was_trained_on() -
     said = "everything else is unseen in training**: "
     checked = " ".join(_introduction(made_up({"gdmd": ["shapes_partial_credit"]}, gdmd=[0.6, 0.6]), about))
     assert f"{said}the held-out scorer, fidelity, coverage." in checked
+    rows = made_up({"gdmd": ["clip"], "both": ["clip", "hps"], "other": ["hps"]}, gdmd=[0.6], both=[0.6], other=[0.6])
+    said_of = " ".join(_introduction(rows, about))
+    assert "**BOTH** was trained on hps too; **OTHER** was trained on hps instead: " in said_of
     plain = made_up({"dmd": ["shapes_clip"]}, gdmd=[0.6, 0.7], dmd=[0.5, 0.6])
     assert f"{said}the checker behind ShapesEval, the held-out scorer, " in " ".join(_introduction(plain, about))
     assert plain.trained == ["shapes_clip"] and made_up(gdmd=[0.6], dmd=[0.5]).trained == []
