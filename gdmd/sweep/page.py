@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gdmd.config.describe import counted
 from gdmd.config.names import listed
 from gdmd.io import write_atomic
 from gdmd.reporting.pages import Dot, DotPlot, Number, Verdict, data_uri, dot_plot, render
@@ -114,11 +115,12 @@ def _introduction(results: Results, about: About) -> list[str]:
     parts = [*about.about.split("\n\n")] if about.about else []
     if about.missing:
         parts.append(f"**Unfinished: {about.missing} runs are not in the table yet.**")
+    seeds = f"{counted(len(about.seeds), 'seed')} ({', '.join(map(str, about.seeds))})"
     parts.append(
-        f"{about.beginning} A number is the mean over {len(about.seeds)} seeds ({', '.join(map(str, about.seeds))}) of "
-        f"{about.images:,} images each ({about.split} captions, EMA weights){about.others}; +- is the standard deviation "
-        f"over seeds. † marks rewards that students were trained on; **everything else is unseen in training**: "
-        f"{', '.join(_unseen(results))}. The best student of a column is emphasized."
+        f"{about.beginning} A number is the mean over {seeds} of {about.images:,} images each "
+        f"({about.split} captions, EMA weights){about.others}; +- is the standard deviation over seeds. † marks "
+        f"rewards that students were trained on; **everything else is unseen in training**: {', '.join(_unseen(results))}. "
+        "The best student of a column is emphasized."
     )
     return [*parts, *_foreign(results)]
 

@@ -6,7 +6,7 @@ import base64
 import json
 import re
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +246,7 @@ def test_a_page_calls_no_measure_unseen_that_the_headline_row_was_trained_on() -
     """Partial credit is a part of the checker. Rewards of a recipe whose method uses none are not marked."""
     about = About("t", "", "c", "b", (0, 1), "", "eval", 4)
     said = "everything else is unseen in training**: "
+    assert "the mean over 1 seed (0) of" in " ".join(_introduction(made_up(gdmd=[0.6]), replace(about, seeds=(0,))))
     checked = " ".join(_introduction(made_up({"gdmd": ["shapes_partial_credit"]}, gdmd=[0.6, 0.6]), about))
     assert f"{said}the held-out scorer, fidelity, coverage." in checked
     rows = made_up({"gdmd": ["clip"], "both": ["clip", "hps"], "other": ["hps"]}, gdmd=[0.6], both=[0.6], other=[0.6])
