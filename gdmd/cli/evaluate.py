@@ -89,10 +89,10 @@ def eval_command(
     if json:
         print_json(row)
         return
-    from gdmd.config.describe import trained_rewards
     from gdmd.evaluation.table import print_table
+    from gdmd.runs.trained_on import trained_on
 
-    print_table({name: row}, () if what in TEACHERS else trained_rewards(cfg))
+    print_table({name: row}, () if what in TEACHERS else trained_on(cfg, Path(what)))
 
 
 eval_app.command("preference", short_help="Score the images of one model.")(preference.preference_command)

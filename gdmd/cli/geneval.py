@@ -124,12 +124,18 @@ def _scores(
     source: Path, metadata: Path | None, detector: str | None, clip: str | None, device: str | None
 ) -> dict[str, Any]:
     from gdmd.evaluation.geneval import score_folder, score_recorded
+    from gdmd.evaluation.geneval_scores import read_metadata
 
     if source.is_file():
         _refuse({"--detector": detector, "--clip": clip, "--device": device}, f"{source} holds what was detected")
         if metadata is None:
             raise ValueError(f"{source} is a file of detections; give its prompts with --metadata")
-        return dict(score_recorded(source, metadata))
+        scores = score_recorded(source, metadata)
+        if (found := scores["overall"].prompts) < (count := len(read_metadata(metadata))):
+            log(
+                f"note: {source} holds detections for {found} of the {count} prompts of {metadata}; only these are scored"
+            )
+        return dict(scores)
     if not source.is_dir():
         raise ValueError(f"{source} does not exist; give a folder in GenEval's layout or a detections.jsonl")
     _refuse({"--metadata": metadata}, f"{source} holds the metadata of its prompts")

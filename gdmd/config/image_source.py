@@ -85,7 +85,7 @@ class SourceConfig(Config):
     batch: Count | None = Field(default=None, description="Images per call; default: 100 for Shapes, else 4.")
     trained: tuple[str, ...] = Field(
         default=(),
-        description="Rewards that a foreign model was trained on, joined by +; runs and exports record theirs.",
+        description="Rewards that a model was trained on elsewhere, joined by +; runs and exports record theirs.",
     )
 
     def _mistakes(self) -> Iterator[str]:

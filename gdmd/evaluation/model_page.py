@@ -27,6 +27,7 @@ from gdmd.reporting.pages import (
 )
 from gdmd.reporting.plots import colors_of
 from gdmd.reporting.tables import MISSING, Cell, best_of, difference, estimate, number
+from gdmd.shapes.evaluate import CHECKED
 from gdmd.sources.folders import read_image
 
 LARGEST = 320
@@ -81,7 +82,7 @@ def verdict(rows: Rows) -> Verdict:
         for words, names in answers.items()
     ]
     notes = ["Differences are paired: the same prompts, image by image. Brackets: 95\u00a0% interval over prompts."]
-    if any(_trained(row, one) for row in rows.values() for one in row["scores"]):
+    if any(_trained(row, one) for row in rows.values() for one in (SHAPESEVAL, *row["scores"])):
         notes.append("† trained on this score: a gain proves little.")
     numbers = []
     if len(later) <= MOST:
@@ -151,17 +152,23 @@ def score_lines(rows: Rows) -> list[TableRow]:
 
 
 def task_lines(rows: Rows) -> list[TableRow]:
-    """ShapesEval by task, or GenEval where the folders were scored; empty where neither was."""
+    """ShapesEval by task, or GenEval where the folders were scored; empty where neither was. Marked as scores are."""
     if all(row.get("shapeseval") for row in rows.values()):
         tasks = dict.fromkeys(task for row in rows.values() for task in row["shapeseval"])
         found = []
         for task in tasks:
             ends = [row["shapeseval_interval"] if task == "overall" else (None, None) for row in rows.values()]
             values = [row["shapeseval"].get(task) for row in rows.values()]
-            cells = [{"mean": v, "low": low, "high": high} for v, (low, high) in zip(values, ends, strict=True)]
+            cells = [
+                {"mean": v, "low": low, "high": high, "trained": _seen(row, CHECKED)}
+                for row, v, (low, high) in zip(rows.values(), values, ends, strict=True)
+            ]
             found.append(_line(f"{SHAPESEVAL} {TITLES.get(task, task)}", cells, "mean"))
         return found
-    scored = [row.get("geneval") or {} for row in rows.values()]
+    scored = [
+        {task: one | {"trained": _seen(row, "geneval")} for task, one in (row.get("geneval") or {}).items()}
+        for row in rows.values()
+    ]
     tasks = dict.fromkeys(task for own in scored for task in own)
     return [_line(f"GenEval (HF detector) {task}", [own.get(task) for own in scored], "value") for task in tasks]
 
@@ -247,7 +254,15 @@ def _headline(rows: Rows, found: Mapping[str, Estimate]) -> str:
 
 
 def _trained(row: Row, label: str) -> bool:
+    if label == SHAPESEVAL:
+        return bool(_seen(row, CHECKED))
     return bool((row["scores"].get(label) or {}).get("trained"))
+
+
+def _seen(row: Row, label: str) -> bool | None:
+    """Whether the model was trained on a reward; None = unknown."""
+    known = row["source"]["trained"]
+    return None if known is None else label in known
 
 
 def _score(row: Row, label: str) -> Mapping[str, Any] | None:

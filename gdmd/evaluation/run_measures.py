@@ -11,6 +11,7 @@ from gdmd.evaluation.verdict import captions_of, is_teacher, paired, scores_of, 
 from gdmd.reporting.pages import Dot, DotPlot, Group, TableRow, dot_plot
 from gdmd.reporting.plots import colors_of
 from gdmd.reporting.tables import Cell, Measure, best_of, difference, estimate, number, value_at
+from gdmd.shapes.evaluate import CHECKED
 from gdmd.shapes.grammar import TASKS
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -20,9 +21,12 @@ Rows = Mapping[str, Mapping[str, Any]]
 def measure_groups(rows: Rows, trained: Collection[str]) -> list[Group]:
     """The table: what no reward saw, what the student was trained on, what images cost."""
     rewards = dict.fromkeys(name for row in rows.values() for name in row.get("rewards", {}))
-    unseen = [
+    checker = [
         Measure("ShapesEval", ("shapeseval", "overall"), 1),
         *(Measure(f"ShapesEval {TITLES.get(task, task)}", ("shapeseval", task), 1) for task in TASKS),
+    ]
+    unseen = [
+        *(() if CHECKED in trained else checker),
         *(Measure(name, ("rewards", name), 1) for name in rewards if name not in trained),
         Measure("render fidelity", ("fidelity",), 1),
         Measure("attribute coverage", ("coverage",), 1),
@@ -30,6 +34,7 @@ def measure_groups(rows: Rows, trained: Collection[str]) -> list[Group]:
         Measure("Fréchet distance (lower is better)", ("frechet",), -1),
     ]
     rewarded = [Measure(name, ("rewards", name), 1) for name in rewards if name in trained]
+    rewarded = [*(checker if CHECKED in trained else ()), *rewarded]
     costs = [
         Measure("network calls per image (NFE)", ("nfe",), 0, 0),
         Measure("images/s", ("images_per_s",), 1, 1),

@@ -36,6 +36,7 @@ from gdmd.runs.best_checkpoint import named_best
 from gdmd.runs.checkpoint import newest_intact, steps
 from gdmd.runs.inputs import change_lines, input_lines
 from gdmd.runs.run_folder import Run, config_change_lines, open_run, read_facts, read_metrics
+from gdmd.runs.trained_on import trained_on
 from gdmd.shapes.same_noise import SameNoise, read_same_noise
 
 _log = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ def report_run(folder: Path) -> Path:
         grids=_stored_grids(folder, averaged=cfg.loop.ema > 0),
         metrics={cfg.name: metrics},
         configs={cfg.name: cfg},
-        trained=describe.trained_rewards(cfg),
+        trained=trained_on(cfg, folder),
         provenance=_provenance(run),
         about=cfg.about,
         facts=describe.facts(cfg) | _progress(run, metrics, damaged),

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from gdmd.reporting.tables import Cell, Measure, Table, number
+from gdmd.shapes.evaluate import CHECKED
 from gdmd.shapes.grammar import TASKS
 
 TITLES = {"single_object": "single object", "two_object": "two objects", "color_attr": "attribute binding"}
@@ -28,11 +29,12 @@ def print_table(rows: Mapping[str, Mapping[str, Any]], trained: Collection[str])
 
 def _sections(rows: Mapping[str, Mapping[str, Any]], trained: Collection[str]) -> list[list[Measure]]:
     names = dict.fromkeys(name for row in rows.values() for name in row["rewards"])
+    checked = " *" * (CHECKED in trained)
     ordered = sorted(names, key=lambda name: name not in trained)
     return [
         [
-            Measure("ShapesEval overall", ("shapeseval", "overall")),
-            *(Measure(f"  {TITLES.get(task, task)}", ("shapeseval", task)) for task in TASKS),
+            Measure(f"ShapesEval overall{checked}", ("shapeseval", "overall")),
+            *(Measure(f"  {TITLES.get(task, task)}{checked}", ("shapeseval", task)) for task in TASKS),
         ],
         [
             *(Measure(name + (" *" if name in trained else ""), ("rewards", name)) for name in ordered),

@@ -19,7 +19,7 @@ from gdmd.models.families.base import Family
 from gdmd.models.loading import has_safety_checker, local_or_hub_index
 from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.runs.inputs import INPUTS, change_lines
-from gdmd.runs.run_folder import config_change_lines
+from gdmd.runs.run_folder import TRAINED_BEFORE, config_change_lines
 from gdmd.types import StudentSampler
 
 OWN = "apache-2.0, ships with gdmd"
@@ -47,6 +47,7 @@ def model_card(
     """
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     rewards = [reward.label for reward in cfg.rewards] if cfg.method.rewarded else []
+    before = [label for label in facts.get(TRAINED_BEFORE, ()) if label not in trained_rewards(cfg)]
     config = json.dumps(cfg.model_dump(mode="json"), indent=2)
     head = (
         f"# {cfg.name}: {len(cfg.method.student_steps)}-step student of {family.cfg.path}",
@@ -67,9 +68,9 @@ def model_card(
             *_several_ranks(family, merged, separate),
             *_safety(family, merged),
         ),
-        ("## Training", *_table(cfg, facts, rewards, _start(cfg, family, separate))),
-        ("## Metrics", *_metrics(measured, facts, cfg), *_validation(facts.get("validation") or {}, cfg)),
-        ("## Licenses", *_licenses(cfg, rewards, license or {})),
+        ("## Training", *_table(cfg, facts, rewards, before, _start(cfg, family, separate))),
+        ("## Metrics", *_metrics(measured, facts, cfg), *_validation(facts, cfg)),
+        ("## Licenses", *_licenses(cfg, [*rewards, *before], license or {})),
         ("## Configuration", "```json", config, "```"),
     )
     text = "\n".join(line for section in sections for line in (*section, ""))
@@ -199,18 +200,19 @@ def _named(lora: LoraFile) -> str:
 
 
 def _table(
-    cfg: RunConfig, facts: Mapping[str, Any], rewards: Sequence[str], start: Mapping[str, str] | None = None
+    cfg: RunConfig, facts: Mapping[str, Any], rewards: Sequence[str], before: Sequence[str], start: Mapping[str, str]
 ) -> Sequence[str]:
     steps = facts.get("step", cfg.loop.steps)
     rows = {
         "method": METHODS[cfg.method.kind],
-        **(start or {}),
+        **start,
         "teacher guidance": cfg.method.guidance,
         "iterations": steps,
         "student updates": steps * student_updates(cfg.method),
         "batch": cfg.loop.batch_size,
         **_sizes(cfg),
         "rewards": ", ".join(rewards) or "none",
+        **({"rewards of earlier runs (loop.start_from)": ", ".join(before)} if before else {}),
         **_scoring(facts.get("scoring")),
         **_data(cfg, facts),
         **({"inputs changed": "; ".join(changed)} if (changed := change_lines(facts)) else {}),
@@ -292,11 +294,12 @@ def _metrics(measured: Mapping[str, Any] | None, facts: Mapping[str, Any], cfg: 
     )
 
 
-def _validation(scores: Mapping[str, tuple[float, float | None]], cfg: RunConfig) -> Sequence[str]:
+def _validation(facts: Mapping[str, Any], cfg: RunConfig) -> Sequence[str]:
     """A row per scorer of the run's validation prompts: the student, its teacher, and whether it was trained on it."""
+    scores: Mapping[str, tuple[float, float | None]] = facts.get("validation") or {}
     if not scores:
         return ()
-    trained = trained_rewards(cfg)
+    trained = (*trained_rewards(cfg), *facts.get(TRAINED_BEFORE, ()))
     rows = (
         f"| {name} | {_number(student)} | {_number(teacher)} | {'trained on' if is_trained(own, trained) else 'unseen'} |"
         for name, (student, teacher) in scores.items()

@@ -29,7 +29,8 @@ from gdmd.recipes.contents import checkpoint_content, pipeline_content
 from gdmd.recipes.inputs import on_base
 from gdmd.recipes.run_folders import config_of
 from gdmd.runs import checkpoint
-from gdmd.runs.run_folder import read_facts, read_metrics
+from gdmd.runs.run_folder import TRAINED_BEFORE, read_facts, read_metrics
+from gdmd.runs.trained_on import trained_before, trained_on
 from gdmd.sources.base import EXPORT_FILE
 
 _log = logging.getLogger(__name__)
@@ -72,9 +73,10 @@ def export_run(
     check_fits(family, weights)
     arguments = call_arguments(family, cfg.method.student_steps)
     measured = averaged or not cfg.loop.ema  # samples and scores of a run are those of its EMA weights
-    facts = read_facts(run) | {"step": step, "scoring": read_gaps(run)}
+    facts = read_facts(run) | {"step": step, "scoring": read_gaps(run), TRAINED_BEFORE: trained_before(cfg, run)}
     facts |= {"validation": validation_at(run, step) if measured else {}, "last_weights": not measured}
     content = describe(cfg, family, arguments, step, merged=whole)
+    content |= {"rewards": list(trained_on(cfg, run))}
     content |= {"loras": [one.model_dump() | {"path": _absolute(one.path)} for one in separate]} if separate else {}
     with writing("the export", target, option="--out"):
         target.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,8 @@ TEACHER_FILE = "teacher.safetensors"
 """The file in RUN/grids with the teacher's validation images, 8-bit [N, 3, H, W], and what they depend on."""
 CONFIG_CHANGES = "config_changes"
 """The key in run.json for changes of the configuration when the run was resumed."""
+TRAINED_BEFORE = "trained_before"
+"""The key in run.json, and in a student file, for the rewards that trained the student of loop.start_from."""
 PACKAGES = ("gdmd", "torch", "numpy", "pydantic", "safetensors")
 
 

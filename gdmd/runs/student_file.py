@@ -15,7 +15,7 @@ from gdmd.config.shapes_pipeline import PREFIX
 from gdmd.io import RunError, typed
 from gdmd.runs import checkpoint
 from gdmd.runs.assets import Asset, asset_path, load_asset, save_asset
-from gdmd.runs.run_folder import open_run, read_facts
+from gdmd.runs.run_folder import TRAINED_BEFORE, open_run, read_facts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +81,7 @@ def pack_student(run: Path, folder: Path) -> Path:
     }
     metadata: dict[str, Any] = {"step": saved.step, "commit": facts.get("commit"), "config": dict(config)}
     metadata |= {"inputs": facts.get("inputs", {}), "updates": saved.state["roles"]["student"]["updates"]}
+    metadata |= {TRAINED_BEFORE: facts[TRAINED_BEFORE]} if TRAINED_BEFORE in facts else {}
     path = folder / f"shapes_{config['method']['kind']}.safetensors"
     return save_asset(path, tensors, command=command_of(facts), seed=config["loop"]["seed"], metadata=metadata)
 

@@ -26,6 +26,8 @@ from gdmd.types import Reward, TextEncoder
 
 HELDOUT = "shapes_clip_heldout"
 """The scorer whose image features measure diversity and the Fréchet distance; never used for training."""
+CHECKED = "shapes_partial_credit"
+"""The reward that is a part of the checker: ShapesEval of a student that was trained on it is not unseen."""
 SCORED = 256
 """Images per call of a scorer."""
 

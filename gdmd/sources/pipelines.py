@@ -297,7 +297,7 @@ def open_export(cfg: SourceConfig) -> PipelineSource:
         shapes=info["shapes"],
         nfe=int(info["arguments"]["num_inference_steps"]),
         step=info["step"],
-        trained=cfg.trained or tuple(info["rewards"]),
+        trained=tuple(dict.fromkeys((*info["rewards"], *cfg.trained))),
         batch=cfg.batch or (BATCH if info["shapes"] else 4),
         device=device_name(pipe.device),
         identity={"kind": "export", **weights, "dtype": own.dtype, "arguments": info["arguments"]},

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gdmd.config.describe import trained_rewards
 from gdmd.config.image_source import SourceConfig
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
@@ -21,6 +20,7 @@ from gdmd.recipes.long_prompts import warn_long_prompts
 from gdmd.recipes.open_run import image_batch, open_named, student_row
 from gdmd.recipes.run_folders import TEACHERS
 from gdmd.runs.run_folder import config_hash
+from gdmd.runs.trained_on import trained_on
 from gdmd.shapes.grammar import tokenize
 from gdmd.sources.base import ImageSlot, SourceInfo, device_name, to_images
 
@@ -52,6 +52,7 @@ class RunSource:
             if message := checker_off(local_or_hub_index(recipe.model), recipe.model.path):
                 log.warning("%s", message)
         device = next(iter(components.roles.parameters("student").values())).device
+        own = () if teacher else trained_on(recipe, Path(cfg.where))
         info = SourceInfo(
             name=cfg.name,
             kind="teacher" if teacher else "run",
@@ -59,7 +60,7 @@ class RunSource:
             shapes=recipe.shapes_world,
             nfe=sampler.nfe,
             step=None if teacher else step,
-            trained=() if teacher else trained_rewards(recipe),
+            trained=tuple(dict.fromkeys((*own, *cfg.trained))),
             batch=cfg.batch or image_batch(recipe),
             device=device_name(device),
             identity={

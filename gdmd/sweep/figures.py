@@ -235,7 +235,7 @@ def curve_figure(results: Results) -> Figure | None:
     for row, line in lines:
         points = line["points"]
         updates = [point["updates"] for point in points]
-        gains = [_gain(points, k, line["trained"]) for k in range(len(points))]
+        gains = [_gain(points, k, line["trained"] or results.trained) for k in range(len(points))]
         style = {**_look(results, row), "marker": "o", "markersize": 3}
         trained.plot(updates, gains, label=row.title, **style)
         heldout.plot(updates, [point["rewards"].get(HELDOUT, math.nan) for point in points], **style)

@@ -7,17 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gdmd.config.describe import counted
 from gdmd.config.names import listed
 from gdmd.io import write_atomic
 from gdmd.reporting.pages import Dot, DotPlot, Number, Verdict, data_uri, dot_plot, render
 from gdmd.reporting.tables import MISSING, Table, difference, number, plus_minus
-from gdmd.shapes.evaluate import HELDOUT
+from gdmd.shapes.evaluate import CHECKED, HELDOUT
 from gdmd.shapes.same_noise import read_same_noise
 from gdmd.sweep.figures import FIGURES, row_colors
 from gdmd.sweep.tables import (
     OVERALL,
     AgainstHeadline,
     Results,
+    Row,
     against_headline,
     brief_significance,
     by_task,
@@ -113,26 +115,37 @@ def _introduction(results: Results, about: About) -> list[str]:
     parts = [*about.about.split("\n\n")] if about.about else []
     if about.missing:
         parts.append(f"**Unfinished: {about.missing} runs are not in the table yet.**")
+    seeds = f"{counted(len(about.seeds), 'seed')} ({', '.join(map(str, about.seeds))})"
     parts.append(
-        f"{about.beginning} A number is the mean over {len(about.seeds)} seeds ({', '.join(map(str, about.seeds))}) of "
-        f"{about.images:,} images each ({about.split} captions, EMA weights){about.others}; +- is the standard deviation "
-        "over seeds. † marks rewards that students were trained on; **everything else is unseen in training**: the checker "
-        "behind ShapesEval, the held-out scorer, fidelity, coverage. The best student of a column is emphasized."
+        f"{about.beginning} A number is the mean over {seeds} of {about.images:,} images each "
+        f"({about.split} captions, EMA weights){about.others}; +- is the standard deviation over seeds. † marks "
+        f"rewards that students were trained on; **everything else is unseen in training**: {', '.join(_unseen(results))}. "
+        "The best student of a column is emphasized."
     )
     return [*parts, *_foreign(results)]
 
 
+def _instead(results: Results, row: Row) -> str:
+    """Whether a row's other rewards replaced those of the headline row or were added to them."""
+    return "too" if {*results.trained} <= {*results.seen(row.name)} else "instead"
+
+
+def _unseen(results: Results) -> list[str]:
+    """The measures that the headline row was not trained on. A reward that is a part of the checker shows ShapesEval."""
+    known = {CHECKED: "the checker behind ShapesEval", HELDOUT: "the held-out scorer"}
+    return [*(text for name, text in known.items() if name not in results.trained), "fidelity", "coverage"]
+
+
 def _foreign(results: Results) -> list[str]:
     """A sentence on the rows that were trained on other rewards than the headline row; none without such rows."""
-    rows = [(row.title, results.foreign(row.name)) for row in results.present()]
-    listed = "; ".join(f"**{title}** was trained on {', '.join(names)} instead" for title, names in rows if names)
+    rows = [(row, results.foreign(row.name)) for row in results.present()]
+    listed = "; ".join(
+        f"**{row.title}** was trained on {', '.join(names)} {_instead(results, row)}" for row, names in rows if names
+    )
     if not listed:
         return []
-    checker = " (a part of the checker, so that its ShapesEval is not unseen either)" if _CHECKED in listed else ""
+    checker = " (a part of the checker, so that its ShapesEval is not unseen either)" if CHECKED in listed else ""
     return [f"{listed}{checker}: the row shows what that reward is worth and is never the best."]
-
-
-_CHECKED = "shapes_partial_credit"
 
 
 def _tables(results: Results) -> list[Section]:

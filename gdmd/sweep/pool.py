@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -111,8 +112,8 @@ def run_sweep(
             outcome.signal = stopped[0] if stopped else None
         if outcome.signal is None and not _images_drawn(sweep, folder):
             log("generating the images of the figures")
-            if _finish(IMAGES, folder, folder / "images.log") != 0:
-                outcome.failed["images"] = _reason(folder / "images.log")
+            if code := _finish(IMAGES, folder, folder / "images.log"):
+                outcome.failed["images"] = _reason(folder / "images.log", code)
     return outcome
 
 
@@ -150,7 +151,7 @@ class _Pool:
     show: Show
     _total: int = 0
     _seconds: list[float] = field(default_factory=list)  # of the runs that ended
-    _running: dict[subprocess.Popen[bytes], tuple[SweepRun, float]] = field(default_factory=dict)
+    _running: dict[subprocess.Popen[bytes], tuple[SweepRun, float, int]] = field(default_factory=dict)
     _failed: set[str] = field(default_factory=set)  # hashes: rows of different names may share a run
 
     def run(self, todo: Sequence[SweepRun], stopped: Sequence[int]) -> None:
@@ -191,17 +192,18 @@ class _Pool:
             folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "job.json", json.dumps(run.job, indent=1), "the run's job")
         with (folder / "log.txt").open("ab") as log:
-            self._running[_worker(WORKER, folder, log)] = run, time.perf_counter()
+            size = log.tell()  # earlier attempts stay in the log
+            self._running[_worker(WORKER, folder, log)] = run, time.perf_counter(), size
         self.show(self.status())
 
     def _end(self, worker: subprocess.Popen[bytes]) -> None:
-        run, began = self._running.pop(worker)
+        run, began, size = self._running.pop(worker)
         self._seconds.append(time.perf_counter() - began)
         status = self.status()
         head = f"[{status.done}/{status.total}] {run.name}"
         if worker.returncode != 0:
             file = run.folder(self.folder) / "log.txt"
-            reason = _reason(file) or f"exit code {worker.returncode}"
+            reason = _reason(file, worker.returncode, size)
             self._fail(run, reason)
             self.log(f"{head} FAILED ({reason}); log: {file}")
         else:
@@ -217,7 +219,7 @@ class _Pool:
         done = len(self._seconds)
         each = sum(self._seconds) / done if done else None
         left = None if each is None else each * (self._total - done) / min(self.jobs, max(self._total - done, 1))
-        return Status(done, self._total, [run.name for run, _ in self._running.values()], left)
+        return Status(done, self._total, [run.name for run, *_ in self._running.values()], left)
 
     def _stop(self) -> None:
         self.log(f"stopping: {len(self._running)} runs save their state; the same command continues")
@@ -280,9 +282,15 @@ def _finish(module: str, folder: Path, log: Path) -> int:
                 worker.terminate()
 
 
-def _reason(log: Path) -> str:
-    """The last error in a log (else its last line, such as the end of a traceback), shortened."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+def _reason(log: Path, code: int, start: int = 0) -> str:
+    """Why a worker ended with this exit code: the last error that it wrote, else its last line (as of a traceback).
+
+    start: size of the log, in bytes, when the worker started. A signal leaves no error.
+    """
+    if code < 0:
+        memory = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-code).name}{memory}"
+    lines = log.read_bytes()[start:].decode("utf-8", errors="replace").splitlines() if log.exists() else []
     printed = [line for line in lines if line.strip()]
     errors = [line for line in printed if line.startswith("error: ")]
-    return shorten((errors or printed or [""])[-1].removeprefix("error: "), 200)
+    return shorten((errors or printed or [f"exit code {code}"])[-1].removeprefix("error: "), 200)

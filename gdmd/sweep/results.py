@@ -116,6 +116,8 @@ def beginning(config: SweepConfig) -> str:
             titles = ", ".join(quoted(row.title) for row in later if config.updates_of(row) == updates)
             groups.append(f"{titles} ({updates:,} updates)")
         text += f" Rows that start from {quoted(first.title)} of the same seed: {', '.join(groups)}."
+    if firsts:
+        text += " Updates, passes and seconds of these rows do not include the first stage, which has its own row."
     others = [row for row in config.rows if row.student_updates is not None and not row.start_from]
     own = ", ".join(f"{quoted(row.title)} ({row.student_updates:,})" for row in others)
     return text + (f" Rows with another number of updates: {own}." if others else "")

@@ -145,8 +145,11 @@ def _matters(change: Change) -> bool:
 
 
 def unique(runs: Iterable[SweepRun]) -> list[SweepRun]:
-    """One run per hash, in order: what has to be computed."""
-    return list({run.hash: run for run in reversed(list(runs))}.values())[::-1]
+    """The first run of each hash, in order: what has to be computed."""
+    found: dict[str, SweepRun] = {}
+    for run in runs:
+        found.setdefault(run.hash, run)
+    return list(found.values())
 
 
 def shown_runs(sweep: Sweep, out: Path) -> list[SweepRun]:

@@ -75,18 +75,18 @@ class Results:
 
     @property
     def trained(self) -> list[str]:
-        """The rewards that the headline row was trained on (those of any row while it is unfinished)."""
-        own = [line for line in self.lines if line["method"] == self.headline] or self.lines
+        """The rewards that the headline row was trained on; those of any row while it has none."""
+        own = [line for line in self.lines if line["method"] == self.headline and line.get("trained")] or self.lines
         return list(dict.fromkeys(name for line in own for name in line.get("trained", ())))
 
     def foreign(self, name: str) -> list[str]:
         """Rewards that this row was trained on and the headline row was not: they are not unseen measures for it."""
+        return [reward for reward in self.seen(name) if reward not in self.trained]
+
+    def seen(self, name: str) -> list[str]:
+        """Rewards that this row was trained on."""
         own = (line for line in self.lines if line["method"] == name)
-        return [
-            reward
-            for reward in dict.fromkeys(r for line in own for r in line.get("trained", ()))
-            if reward not in self.trained
-        ]
+        return list(dict.fromkeys(reward for line in own for reward in line.get("trained", ())))
 
     @property
     def rewards(self) -> list[str]:

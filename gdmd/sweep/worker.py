@@ -12,13 +12,12 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gdmd.config.describe import labels_of
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import ModelConfig, RunConfig
 from gdmd.diffusion.generate import Sampler, teacher_sampler
@@ -30,6 +29,7 @@ from gdmd.recipes.open_run import load_ema, student_row
 from gdmd.runs import checkpoint
 from gdmd.runs.process import folder_lock, stop_with_parent
 from gdmd.runs.run_folder import Run, check_same_config, commit, create, open_run, read_metrics, versions
+from gdmd.runs.trained_on import trained_on
 from gdmd.shapes.evaluate import Evaluation, evaluate, evaluate_images
 from gdmd.shapes.roles import ShapesRoles, ShapesTextEncoder
 from gdmd.sweep.budgets import iterations
@@ -105,7 +105,7 @@ def _teacher(job: Mapping[str, Any]) -> dict[str, Any]:
     cfg, began = teacher_config(job), time.perf_counter()
     components = build(cfg)
     sampler = teacher_sampler(components, job["teacher"]["steps"], job["teacher"]["guidance"])
-    measured = measures(cfg, components, sampler, job["split"])
+    measured = measures(cfg, components, sampler, job["split"], ())
     costs = {"student_updates": 0, "steps": 0, "passes": 0, "seconds": 0.0, "peak_memory_mib": memory_mib()}
     return measured | costs | pipeline_facts(cfg, "teacher", job["teacher"]["steps"]) | _facts(cfg, began)
 
@@ -129,7 +129,7 @@ def _student(job: Mapping[str, Any], folder: Path) -> dict[str, Any] | TrainEnd:
         "peak_memory_mib": memory_mib(),
     }
     _load(components, run)
-    measured = measures(cfg, components, student_row(cfg, components), job["split"])
+    measured = measures(cfg, components, student_row(cfg, components), job["split"], trained_on(cfg, run.path))
     points = diagnose(cfg, run, job["diagnosis"], job["split"]) if job["diagnosis"] else []
     for step in checkpoint.steps(run.checkpoints)[:-1]:
         _remove(run.checkpoints / f"step_{step:06d}")
@@ -145,7 +145,9 @@ def _exported(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     encoder = ShapesTextEncoder()  # scorers read the text itself
     found = evaluate_images("exported LoRA", images, encoder, cfg.eval, all_scorers(cfg), job["split"], steps)
     costs = {"student_updates": 0, "steps": 0, "passes": 0, "seconds": 0.0, "peak_memory_mib": memory_mib()}
-    return measured_line(found, cfg) | costs | pipeline_facts(cfg, "exported", steps) | _facts(cfg, began)
+    return (
+        measured_line(found, trained_on(cfg, run)) | costs | pipeline_facts(cfg, "exported", steps) | _facts(cfg, began)
+    )
 
 
 def counted(components: Components) -> CountedMethod:
@@ -188,21 +190,22 @@ def pipeline_facts(cfg: RunConfig, mode: str, steps: int) -> dict[str, Any]:
     return {"pipeline": {"family": family, "method": method, "mode": mode, "steps": steps}}
 
 
-def measures(cfg: RunConfig, components: Components, sampler: Sampler, split: Any) -> dict[str, Any]:
+def measures(
+    cfg: RunConfig, components: Components, sampler: Sampler, split: Any, trained: Sequence[str]
+) -> dict[str, Any]:
     """The measured part of a table line; ``shapeseval`` is the overall score, ``tasks`` holds one for each task."""
-    return measured_line(evaluate(sampler, components, cfg.eval, all_scorers(cfg), split), cfg)
+    return measured_line(evaluate(sampler, components, cfg.eval, all_scorers(cfg), split), trained)
 
 
-def measured_line(found: Evaluation, cfg: RunConfig) -> dict[str, Any]:
+def measured_line(found: Evaluation, trained: Sequence[str]) -> dict[str, Any]:
     """The part of a table line that comes from an evaluation.
 
-    correct: 1 or 0 for every image, caption by caption. trained: labels of the recipe's rewards and of their parts.
+    correct: 1 or 0 for every image, caption by caption. trained: ``trained_on`` of its student.
     """
     row = found.json()
     tasks = dict(row.pop("shapeseval"))
-    trained = [label for reward in cfg.rewards for label in labels_of(reward)]
     correct = "".join(str(int(right)) for right in found.correct.tolist())
-    return {"shapeseval": tasks.pop("overall"), "tasks": tasks, **row, "correct": correct, "trained": trained}
+    return {"shapeseval": tasks.pop("overall"), "tasks": tasks, **row, "correct": correct, "trained": list(trained)}
 
 
 def statistics_of(run: Run) -> dict[str, float]:

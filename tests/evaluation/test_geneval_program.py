@@ -217,6 +217,11 @@ def test_score_command(gdmd: Any, tmp_path: Path) -> None:
     code, printed, _ = gdmd("eval", "geneval", "score", "images/detections.jsonl", "--metadata", "m.jsonl")
     assert printed.splitlines()[0] == "GenEval (HF detector)" and "overall" in printed.splitlines()[1]
     assert printed.splitlines()[1].endswith("6 images of 3 prompts")
+    record = Path("images/detections.jsonl")
+    record.write_text("".join(record.read_text().splitlines(True)[:4]))  # as an interrupted detection leaves it
+    code, printed, notes = gdmd("eval", "geneval", "score", str(record), "--metadata", "m.jsonl")
+    assert printed.splitlines()[1].endswith("4 images of 2 prompts")
+    assert "detections for 2 of the 3 prompts of m.jsonl" in notes
 
 
 @pytest.mark.parametrize(("images", "missing"), [(2, 1), (4, 3)])

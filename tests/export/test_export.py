@@ -33,7 +33,7 @@ from gdmd.models.loading import open_family
 from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.models.roles import DiffusersRoles
 from gdmd.programs.export import validation_at
-from gdmd.runs.run_folder import create
+from gdmd.runs.run_folder import TRAINED_BEFORE, create
 from gdmd.sources.base import image_slots
 from gdmd.sources.open import open_source
 from gdmd.types import StudentSampler
@@ -214,6 +214,9 @@ def test_a_remote_reward_is_not_unseen_on_the_card(folders: Path) -> None:
     card = model_card(cfg, family, {}, facts, merged=False)
     for name, seen in (("remote_clip", "trained on"), ("clip", "trained on"), ("hps", "unseen")):
         assert re.search(rf"\| {name} \| 0.*\| {seen} \|", card), name
+    card = model_card(cfg, family, {}, {**facts, TRAINED_BEFORE: ["hps"]}, merged=False)
+    assert re.search(r"\| hps \| 0.*\| trained on \|", card) and "| reward model | hps |" in card
+    assert "| rewards of earlier runs (loop.start_from) | hps |" in card
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
-from gdmd.sweep import worker
+from gdmd.sweep import pool, worker
 from gdmd.sweep.pool import run_sweep
 from gdmd.sweep.runs import SweepRun, plan, read_table
 from gdmd.sweep.spec import read_sweep
@@ -195,3 +195,29 @@ def test_a_run_exits_when_its_sweep_is_gone(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "gdmd.sweep.worker", str(tmp_path), str(gone.pid)]
         process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
         assert process.wait(LIMIT) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        ("echo 'KeyError: 3'; exit 1", "KeyError: 3"),
+        ("exit 7", "exit code 7"),
+        ("echo 'step 4/30'; kill -KILL $$", "killed by SIGKILL, as the system does when memory runs out"),
+    ],
+)
+def test_a_failure_is_explained_by_the_last_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str, reason: str
+) -> None:
+    """The log of a run also holds what earlier attempts have printed."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG)
+    sweep, found = read_sweep(str(config)), []
+    for command in ("echo 'error: the disk is full'; exit 2", second):
+
+        def worker(module: str, folder: Path, log: IO[bytes], shell: str = command) -> subprocess.Popen[bytes]:
+            return subprocess.Popen(["sh", "-c", shell], stdout=log)
+
+        monkeypatch.setattr(pool, "_worker", worker)
+        outcome = run_sweep(sweep, str(config), tmp_path / "out", 1, ["teacher_1"], lambda text: None)
+        found += outcome.failed.values()
+    assert found == ["the disk is full", reason]

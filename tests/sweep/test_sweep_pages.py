@@ -6,7 +6,7 @@ import base64
 import json
 import re
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from gdmd.reporting.plots import COLORS
 from gdmd.shapes.same_noise import Column, SameNoise
 from gdmd.sweep import results as sweep_results
 from gdmd.sweep.figures import _look, curve_figure, row_colors
-from gdmd.sweep.page import verdict
+from gdmd.sweep.page import About, _introduction, verdict
 from gdmd.sweep.pool import Outcome
 from gdmd.sweep.results import beginning, stored_results, summary, write_pages
 from gdmd.sweep.runs import IMAGES, images_key, plan, read_table, shown_runs
@@ -175,6 +175,7 @@ def test_a_page_tells_where_students_start(headline: Sweep) -> None:
     text = beginning(read_sweep("stages").config)
     start = 'Students take 300 updates. Rows that start from "DMD, first stage" of the same seed: GDMD, '
     assert text.startswith(start) and "(300 updates). " in text
+    assert " do not include the first stage" in text and "first stage, which" not in beginning(headline.config)
     assert text.endswith('Rows with another number of updates: "DMD, first stage" (4,000).')
 
 
@@ -239,3 +240,18 @@ def test_rows_have_the_colors_of_their_methods() -> None:
     assert (colors["gdmd"], colors["dmd"]) == (COLORS["gdmd"], COLORS["dmd"])
     looks = [_look(own, row) for row in own.rows]
     assert len({(look["color"], str(look["linestyle"])) for look in looks}) == len(looks)
+
+
+def test_a_page_calls_no_measure_unseen_that_the_headline_row_was_trained_on() -> None:
+    """Partial credit is a part of the checker. Rewards of a recipe whose method uses none are not marked."""
+    about = About("t", "", "c", "b", (0, 1), "", "eval", 4)
+    said = "everything else is unseen in training**: "
+    assert "the mean over 1 seed (0) of" in " ".join(_introduction(made_up(gdmd=[0.6]), replace(about, seeds=(0,))))
+    checked = " ".join(_introduction(made_up({"gdmd": ["shapes_partial_credit"]}, gdmd=[0.6, 0.6]), about))
+    assert f"{said}the held-out scorer, fidelity, coverage." in checked
+    rows = made_up({"gdmd": ["clip"], "both": ["clip", "hps"], "other": ["hps"]}, gdmd=[0.6], both=[0.6], other=[0.6])
+    said_of = " ".join(_introduction(rows, about))
+    assert "**BOTH** was trained on hps too; **OTHER** was trained on hps instead: " in said_of
+    plain = made_up({"dmd": ["shapes_clip"]}, gdmd=[0.6, 0.7], dmd=[0.5, 0.6])
+    assert f"{said}the checker behind ShapesEval, the held-out scorer, " in " ".join(_introduction(plain, about))
+    assert plain.trained == ["shapes_clip"] and made_up(gdmd=[0.6], dmd=[0.5]).trained == []

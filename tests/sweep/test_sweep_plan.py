@@ -171,6 +171,8 @@ def test_reference_row_is_trained_once_for_both_budgets(tmp_path: Path) -> None:
     assert runs["dmd/0/passes"].hash != runs["dmd/0/updates"].hash
     assert runs["dmd/0/passes"].job["passes_of"] and runs["dmd/0/updates"].job["passes_of"] is None
     assert len(unique(runs.values())) == len(runs) - 2
+    firsts = list({run.hash: None for run in runs.values()})
+    assert [run.hash for run in unique(runs.values())] == firsts  # in the order of the sweep
 
 
 def test_changed_defaults_are_found(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from gdmd.models.loading import open_family
 from gdmd.models.roles import DiffusersRoles
 from gdmd.recipes.build import Components, build
 from gdmd.recipes.call_counts import count_calls, forward_passes
+from gdmd.runs.trained_on import trained_on
 from gdmd.sweep.worker import counted, measured_line, pipeline_facts
 from gdmd.training.role_state import role_states
 
@@ -94,12 +95,16 @@ def test_a_call_for_features_counts_as_its_share_of_a_pass(tmp_path: Path) -> No
     assert found == pytest.approx(forward_passes(count_calls(cfg), "none", family.feature_cost))
 
 
-def test_a_line_names_the_reward_behind_a_server() -> None:
+def test_a_line_names_the_reward_behind_a_server(tmp_path: Path) -> None:
     """The page then marks the scorer of this name as trained on, and not as unseen."""
     found: Any = SimpleNamespace(correct=torch.tensor([True]), json=lambda: {"shapeseval": {"overall": 1.0}})
     rewards = [{"kind": "remote", "url": "http://127.0.0.1:1", "reward": "shapes_pref"}, {"kind": "shapes_clip"}]
     cfg = RunConfig.model_validate({"name": "x", "rewards": rewards, "loop": {}})
-    assert measured_line(found, cfg)["trained"] == ["remote shapes_pref", "shapes_pref", "shapes_clip"]
+    assert measured_line(found, trained_on(cfg, tmp_path))["trained"] == [
+        "remote shapes_pref",
+        "shapes_pref",
+        "shapes_clip",
+    ]
 
 
 def test_controls_and_algorithm_1_are_not_gdmd_in_the_goals(tmp_path: Path) -> None:
