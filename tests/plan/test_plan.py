@@ -305,6 +305,14 @@ def test_methods_are_counted_in_all_of_their_stages() -> None:
     )  # head: real and student
 
 
+def test_a_short_last_stage_and_its_reference_are_counted() -> None:
+    """DPO copies the student once, in the first iteration of its stage, which a dry run may leave out."""
+    stage = ["loop.batch_size=8", "loop.steps=400", "method.strategy=dpo"]
+    for cold_start in (0, 200, 398):
+        assert count_calls(read_recipe("dmdr", [*stage, f"method.cold_start={cold_start}"])).old_policy
+    assert not count_calls(read_recipe("dmdr", [*stage, "method.cold_start=400"])).old_policy
+
+
 def test_the_real_method_makes_the_counted_calls() -> None:
     cfg = read_recipe("shapes_smoke", ["loop.batch_size=8", "method.step_draw=sample"])
     components, calls = build(cfg, "cpu"), []
