@@ -64,8 +64,17 @@ class VpTimesteps:
     ends_at_first_step: bool = True
 
     def student(self, uniform: Sequence[float]) -> tuple[float, ...]:
-        """u -> step round(T u) - 1: of 1000 steps 1, 0.75, 0.5, 0.25 are 999, 749, 499, 249 ("trailing" spacing)."""
-        return tuple(max(round(self.train_steps * u) - 1, 0) / (self.train_steps - 1) for u in uniform)
+        """u -> step round(T u) - 1: of 1000 steps 1, 0.75, 0.5, 0.25 are 999, 749, 499, 249 ("trailing" spacing).
+
+        ValueError for times of the same step, at which the student would be called twice.
+        """
+        at = [max(round(self.train_steps * u) - 1, 0) for u in uniform]
+        if len(set(at)) < len(at):
+            raise ValueError(
+                f"method.student_steps {list(uniform)} are the training steps {at} of this model's {self.train_steps}, "
+                "some of them twice; give times further apart, or fewer steps"
+            )
+        return tuple(step / (self.train_steps - 1) for step in at)
 
     def uniform(self, times: Sequence[float]) -> tuple[float, ...]:
         """The inverse for times of training steps: u = (step + 1) / T."""

@@ -136,14 +136,14 @@ class ProcessCost:
     rows: float  # rows per sample of the largest such call (2: guidance)
     chunk: float  # most rows of such a call
     output: int  # bytes of x0 and eps of one row
-    update: int  # bytes of forward and backward of one micro-batch
+    update: tuple[float, float]  # bytes of forward and backward of a micro-batch: (fixed, per sample)
     decoding: int  # bytes of decoding one chunk without gradient; 0 without rewards
     per_sample: int  # bytes that every sample of the batch keeps during the iteration
     scoring: int  # bytes of the rewards' activations per image
     flop: Mapping[str, float]  # per sample of the batch, by kind of work
     transfers: Transfers = NO_TRANSFERS
     decoding_with_grad: float = 0.0  # bytes per sample of a micro-batch; 0 without reward gradients
-    graph: int = 0  # bytes of the student's graph, which waits while rewards inside its loss are back-propagated
+    graph: tuple[float, float] = (0, 0)  # of the student's graph, which waits for rewards inside its loss: likewise
     micro: int = 0  # samples per micro-batch; 0 = all
     visiting: int = 0  # bytes of offloaded weights of decoder and rewards, which are copied here to score
     mixture: int = 0  # bytes of a network that exists only while it gives a score
@@ -151,14 +151,16 @@ class ProcessCost:
 
     def peaks(self, batch: int) -> dict[str, float]:
         """Peak activation bytes of every phase at this many samples per process."""
+        micro = min(self.micro or batch, batch)
+        update, graph = (fixed + each * micro for fixed, each in (self.update, self.graph))
         phases = {"sampling and scores": self.forward(self.rows * batch) + self.mixture}
-        phases["update (one micro-batch)"] = float(self.update)
+        phases["update (one micro-batch)"] = update
         if self.decoding or self.decoding_with_grad:
-            decoding = max(self.decoding, self.graph + self.decoding_with_grad * min(self.micro or batch, batch))
+            decoding = max(self.decoding, graph + self.decoding_with_grad * micro)
             phases["decoding and rewards"] = decoding + batch * self.scoring + self.visiting
         if any(self.validation):
             decoding, scorer = self.validation
-            phases["validation images"] = max(decoding, scorer + self.scoring * min(self.micro or batch, batch))
+            phases["validation images"] = max(decoding, scorer + self.scoring * micro)
         if self.transfers.encoders:
             phases["embedding the prompts"] = float(self.transfers.encoders)
         return phases

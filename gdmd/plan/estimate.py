@@ -190,7 +190,7 @@ def _process_cost(
         rows=counted.max_batch,
         chunk=_chunk(cfg),
         output=2 * 4 * math.prod(nets.latent_shape),  # fp32
-        update=max(measured.bytes for measured in costs.update.values()),
+        update=costs.update_bytes,
         decoding=costs.decode.bytes if counted.decoded else 0,
         decoding_with_grad=costs.decode_with_grad.bytes / costs.micro if costs.decode_with_grad else 0.0,
         graph=costs.graph,

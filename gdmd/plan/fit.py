@@ -125,7 +125,7 @@ def _slower(estimate: TrainingPlan, model: DiffusersModel, worst: str) -> Iterat
                 yield Change(f"model.forward_chunk={rows}", "smaller calls, slower on a large GPU")
     if worst.startswith(("decoding", "validation")) and model.decode_chunk > 1:
         yield Change("model.decode_chunk=1", "one image per call of the VAE")
-    holds_graph = worst.startswith("update") or (worst.startswith("decoding") and estimate.cost.graph > 0)
+    holds_graph = worst.startswith("update") or (worst.startswith("decoding") and any(estimate.cost.graph))
     if holds_graph and not model.checkpointing:
         yield Change("model.checkpointing=true", "a third more time: activations are recomputed")
     away = [f"{path}.offload=true" for path, spec in _neural(estimate.cfg) if not spec.offload]

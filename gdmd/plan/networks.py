@@ -102,6 +102,7 @@ class Costs:
     forward: Mapping[str, float]  # FLOP per sample of a forward pass, by role
     call: tuple[float, float]  # bytes (fixed, per row) of a call without gradient
     update: Mapping[Role, Measured]  # forward and backward of one micro-batch, including the GAN head's calls
+    update_bytes: tuple[float, float]  # bytes (fixed, per sample) of that of the heavier role
     micro: int
     with_checkpointing: int | None  # bytes of an update of the heavier role with activation checkpointing
     without: int
@@ -110,7 +111,7 @@ class Costs:
     chunk: int
     decode_with_grad: Measured | None  # of a micro-batch
     feature_cost: float = 1.0  # forward passes of a call for features
-    graph: int = 0  # bytes that the student's forward pass of a micro-batch keeps while rewards are back-propagated
+    graph: tuple[float, float] = (0, 0)  # bytes that the student's forward pass keeps while rewards are back-propagated
 
 
 def costs_of(
@@ -139,16 +140,26 @@ def costs_of(
         own_decode = decode if shared else measure(lambda: _decode(nets, nets.codec, chunk), nets.held())
         backward = lambda: _decode_with_grad(nets, micro, kept=kept)  # noqa: E731
         with_grad = measure(backward, nets.held()) if reward_gradient else None
-        graph = _update(nets, "student", texts[micro], micro, backward=False).kept if in_update else 0
+        waiting = lambda n: _update(nets, "student", texts[n], n, backward=False).kept  # noqa: E731
+        graph = _line(waiting(micro), micro, waiting) if in_update else (0.0, 0.0)
         heavy = max(update, key=lambda role: update[role].bytes)
         largest = update[heavy].bytes
+        update_bytes = _line(largest, micro, lambda n: _update(nets, heavy, texts[n], n).bytes)
         other = None if model is None else _other(nets, heavy, not model.checkpointing, texts[micro])
     chosen, rest = (largest, other) if model is not None and model.checkpointing else (other, largest)
     flop = {"teacher": float(calls[1].flop), **dict.fromkeys(("old", "student", "fake"), float(adapted.flop))}
     memory = (chosen, largest if rest is None else rest)
     features = 1.0 if model is None else nets.roles.family.feature_cost
     call = (calls[1].bytes - per_row, per_row)
-    return Costs(flop, call, update, micro, *memory, decode, own_decode, chunk, with_grad, features, graph)
+    return Costs(
+        flop, call, update, update_bytes, micro, *memory, decode, own_decode, chunk, with_grad, features, graph
+    )
+
+
+def _line(bytes: int, samples: int, of: Callable[[int], int]) -> tuple[float, float]:
+    """(fixed, per sample) of ``bytes`` for this many samples, and those for one: weights that are cast are fixed."""
+    each = (bytes - of(1)) / (samples - 1) if samples > 1 else bytes
+    return bytes - each * samples, each
 
 
 def _latents(nets: Networks, count: int) -> Tensor:

@@ -99,7 +99,7 @@ def _shapes(cfg: RunConfig, model: ShapesModel, device: str, given: GivenObjects
     codec = ShapesCodec(load_vae(*asset_tensors(model.vae, "shapes_vae")).to(device))
     roles = ShapesRoles(teacher, bf16=bf16, head_seed=head_seed(cfg))
     encoder = ShapesTextEncoder(device)
-    rewards = build_rewards(cfg.rewards, device, given.functions)
+    rewards = build_rewards(cfg.rewards, device, given.functions) if cfg.method.rewarded else ()
     groups, meta = _checked_prompts(cfg, None, (), given)
     stream = _stream(cfg, groups, meta, encoder)
     real = RenderedLatents(codec) if cfg.method.student_input == "data" or roles.critic else None

@@ -62,7 +62,6 @@ class _Log:
     decoder_backwards: int = 0
     prompts: int = 0
     max_batch: int = 0
-    followed: bool = False
     scored_in_updates: bool = False
 
     def note(self, who: str, answer: Tensor) -> None:
@@ -109,7 +108,7 @@ class _Roles:
     """Every role as a network of one weight."""
 
     def __init__(self, log: _Log, *, gan: bool) -> None:
-        self.log, self.schedule, self.guide = log, FlowSchedule(), plain
+        self.schedule, self.guide = FlowSchedule(), plain
         self.student, self.fake = (_Net(who, log, trained=True) for who in ("student", "fake"))
         self.teacher, self.old = (_Net(who, log, trained=False) for who in ("teacher", "old"))
         self.critic = _Critic(self.fake) if gan else None
@@ -123,8 +122,7 @@ class _Roles:
         return self.teacher
 
     def follow(self, decay: float) -> None:
-        """Remember that there is an old policy."""
-        self.log.followed = True
+        """Nothing to do: a method that has an old policy calls it."""
 
     def shard(self, shard: Callable[[Any], None]) -> None:
         """Nothing to do."""
@@ -178,10 +176,11 @@ class _EveryStep(SampleRng):
 def count_calls(cfg: RunConfig, iterations: int = ITERATIONS) -> CallCounts:
     """The mean cost of an outer iteration of this recipe, in units of its batch.
 
-    From ``iterations`` or a few more of them, spread evenly over the run.
+    From ``iterations`` or a few more of them, spread evenly over the run. The last one is that of the run: a short last
+    stage needs its memory, too.
     """
     rounds = -(-iterations // len(cfg.method.student_steps)) * len(cfg.method.student_steps)
-    spread = [int((turn + 0.5) * cfg.loop.steps / rounds) for turn in range(rounds)]
+    spread = [*(int((turn + 0.5) * cfg.loop.steps / rounds) for turn in range(rounds - 1)), cfg.loop.steps - 1]
     method, length = cfg.method, cfg.loop.steps
     if not (isinstance(method, DMDConfig) and method.regression_weight > 0 and method.regression_batches):
         return dry_run(cfg, spread)
@@ -245,7 +244,7 @@ def _means(log: _Log, iterations: int, batch: int) -> CallCounts:
         feature_passes=share("critic", True),
         prompt_batches=log.prompts / iterations,
         max_batch=log.max_batch / batch,
-        old_policy=log.followed,
+        old_policy=log.calls["old", False] > 0,
     )
 
 

@@ -24,6 +24,7 @@ from gdmd.models.families.base import Family
 from gdmd.models.loading import LazyTextEncoder, open_family
 from gdmd.models.packing import in_patches, pack, unpack
 from gdmd.models.roles import DiffusersRoles
+from gdmd.models.timesteps import VpTimesteps
 from gdmd.types import Cond, Prediction
 
 STEPS = 4
@@ -199,6 +200,12 @@ def test_packing_has_an_inverse() -> None:
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
     assert pack(x).shape == (2, 6, 12)
     assert torch.equal(unpack(pack(x), 4, 6), x)
+
+
+def test_student_times_of_one_training_step_are_an_error() -> None:
+    assert len(VpTimesteps().student([k / 1000 for k in range(1000, 0, -1)])) == 1000
+    with pytest.raises(ValueError, match=r"student_steps \[1, 0.9999, 0.5\] are the training steps \[999, 999, 499\]"):
+        VpTimesteps().student([1, 0.9999, 0.5])
 
 
 def test_student_times_are_shifted_or_training_steps(folders: Path) -> None:

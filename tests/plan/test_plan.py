@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,8 @@ def test_reward_inside_the_students_update(folders: Path, checkpointing: bool) -
     update()
     peaks = planned(cfg).cost.peaks(batch)
     assert peaks["decoding and rewards"] - batch * planned(cfg).cost.scoring == pytest.approx(peak_of(update), rel=0.15)
-    assert 0 < planned(cfg).cost.graph < planned(cfg).cost.update
+    cost = planned(cfg).cost
+    assert 0 < sum(cost.graph) < sum(cost.update)
 
 
 def test_validation_decodes_with_the_models_own_decoder(folders: Path) -> None:
@@ -303,6 +305,14 @@ def test_methods_are_counted_in_all_of_their_stages() -> None:
     assert (
         count_calls(read_recipe("dmd2", ["loop.batch_size=4"])).with_grad["fake"] == 5 + 10 + 1
     )  # head: real and student
+
+
+def test_a_short_last_stage_and_its_reference_are_counted() -> None:
+    """DPO copies the student once, in the first iteration of its stage, which a dry run may leave out."""
+    stage = ["loop.batch_size=8", "loop.steps=400", "method.strategy=dpo"]
+    for cold_start in (0, 200, 398):
+        assert count_calls(read_recipe("dmdr", [*stage, f"method.cold_start={cold_start}"])).old_policy
+    assert not count_calls(read_recipe("dmdr", [*stage, "method.cold_start=400"])).old_policy
 
 
 def test_the_real_method_makes_the_counted_calls() -> None:
@@ -420,14 +430,26 @@ def test_traffic_between_gpus_follows_its_formulas() -> None:
 
 
 def test_scaling_table() -> None:
-    cost = ProcessCost({"student": 8 * GIB}, GIB, (0, 0), 2, 8, 0, 0, 0, 0, 0, {"passes": 1e12})
+    cost = ProcessCost({"student": 8 * GIB}, GIB, (0, 0), 2, 8, 0, (0, 0), 0, 0, 0, {"passes": 1e12})
     role, sharded = RoleTraffic(GIB, 1, True, calls=1, losses=1), Sharded(8 * GIB, GIB, GIB // 8, 8, 0)
     rows = [scaling_row(cost, [role], sharded, 4, count, GPU, 0.4) for count in (1, 2, 8)]
     assert [row.batch for row in rows] == [4, 4, 8]  # at least one sample per GPU
     assert rows[0].ddp_gib == rows[0].fsdp_gib == 10 and rows[0].ddp_efficiency == rows[0].fsdp_efficiency == 1
     assert [row.fsdp_gib for row in rows[1:]] == [10 - 4.5 + 0.125, 10 - 9 * 7 / 8 + 0.125]
     assert 0 < rows[2].ddp_efficiency < rows[1].ddp_efficiency < 1
+    update = replace(
+        cost, update=(0, GIB)
+    )  # of 4 samples on one GPU, of 1 on 4 GPUs, where a micro-batch of 3 is not full
+    for micro, gibs in ((0, (14, 11)), (3, (13, 11))):
+        assert [replace(update, micro=micro).total(samples) / GIB for samples in (4, 1)] == list(gibs)
     assert counts_of(None) == [] and counts_of("table") == [1, 2, 4, 8] and counts_of("3") == [3]
+
+
+@pytest.mark.parametrize("method", ["dmd", "dmd_refl, margin: 1.5"])
+def test_an_update_on_several_gpus_is_that_of_their_share_of_the_batch(method: str) -> None:
+    recipes = (read_recipe("shapes", [f"loop.batch_size={batch}", f"method={{kind: {method}}}"]) for batch in (64, 8))
+    eight, one = (max(planned(cfg).cost.peaks(8).values()) for cfg in recipes)
+    assert eight == pytest.approx(one, rel=0.03)
 
 
 def test_what_does_not_fit_gets_hints(folders: Path) -> None:

@@ -17,6 +17,7 @@ from gdmd.config.run import RunConfig
 from gdmd.data.prompts import PromptStream
 from gdmd.profiling.profiler import SECTIONS, Profiler, call_table, describe, measure, role_networks, sync_warnings
 from gdmd.recipes.build import SHAPES, Components, method_of
+from gdmd.recipes.read import read_recipe
 from gdmd.shapes.grammar import training_captions
 from gdmd.shapes.latents import RenderedLatents
 from gdmd.shapes.networks import ShapesDit, ShapesVae
@@ -109,6 +110,14 @@ def test_rewards_that_cannot_be_timed_are_an_error() -> None:
     del profiler.components.method.scorer  # type: ignore[attr-defined]
     with pytest.raises(AttributeError, match="scorer"):
         profiler.round(0)
+
+
+def test_the_rewards_of_a_recipe_without_reward_loss_are_not_loaded() -> None:
+    cfg = read_recipe("shapes_dmd", ["loop.batch_size=2", "loop.threads=1"])
+    assert cfg.rewards and not cfg.method.rewarded
+    profiler = Profiler(cfg, device="cpu")
+    profiler.round(0)
+    assert profiler.components.rewards == () and calls_of(profiler)["student", True] == (4, 8)
 
 
 def test_host_syncs_are_counted_by_line() -> None:
