@@ -46,8 +46,9 @@ class DistillationTrainer:
         image = trainer.pipeline("a red cube on a blue ball").images[0]
 
     Args:
-        model: A hub id, a folder, or an open ``DiffusionPipeline``, to which the trainer adds adapters. "shapes" is the
-            model of the Shapes world; shapes:sdxl, shapes:sd3 and shapes:flux2_klein are small pipelines of it.
+        model: A hub id, a folder, or an open ``DiffusionPipeline``, to which training adds adapters that are inactive when it
+            ends. "shapes" is the model of the Shapes world; shapes:sdxl, shapes:sd3 and shapes:flux2_klein are small
+            pipelines of it.
         method: A config such as ``GDMDConfig(group_size=4)``: fields that are not set keep the values of the recipe for the
             model's family. Default: tilted GDMD.
         reward_funcs: Rewards of ``gdmd.rewards``, and functions (images, prompts, **columns) -> one number, or None, per

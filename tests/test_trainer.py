@@ -288,8 +288,15 @@ def test_open_pipeline(tmp_path: Path) -> None:
     def trainer(pipe: Any, steps: int) -> DistillationTrainer:
         return DistillationTrainer(pipe, None, ["shapes_clip"], CAPTIONS, tiny(tmp_path / "run", steps))
 
-    first = trainer(opened(), 1)
+    def image(pipe: Any) -> Any:
+        noise = torch.Generator().manual_seed(1)
+        return pipe(CAPTIONS[0], num_inference_steps=2, height=32, width=32, generator=noise, output_type="np").images
+
+    given = opened()
+    before = image(given)
+    first = trainer(given, 1)
     first.train()
+    assert (image(given) == before).all(), "the base pipeline draws with an adapter after the training"
     assert first.train(resume_from_checkpoint=True).end.step == 1  # as after Ctrl-C in a notebook
     second = trainer(opened(), 2)
     assert second.train(resume_from_checkpoint=True).end.step == 2
