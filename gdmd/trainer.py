@@ -46,8 +46,9 @@ class DistillationTrainer:
         image = trainer.pipeline("a red cube on a blue ball").images[0]
 
     Args:
-        model: A hub id, a folder, or an open ``DiffusionPipeline``, to which the trainer adds adapters. "shapes" is the
-            model of the Shapes world; shapes:sdxl, shapes:sd3 and shapes:flux2_klein are small pipelines of it.
+        model: A hub id, a folder, or an open ``DiffusionPipeline``, to which training adds adapters; they are inactive when
+            it ends. "shapes" is the model of the Shapes world; shapes:sdxl, shapes:sd3 and shapes:flux2_klein are small
+            pipelines of it.
         method: A config such as ``GDMDConfig(group_size=4)``: fields that are not set keep the values of the recipe for the
             model's family. Default: tilted GDMD.
         reward_funcs: Rewards of ``gdmd.rewards``, and functions (images, prompts, **columns) -> one number, or None, per
@@ -159,6 +160,7 @@ class DistillationTrainer:
         if self._settings.given.pipeline is not None:
             self.pipeline.save_pretrained(folder)
         else:
+            self._require_run()
             export_run(self.output_dir, Path(folder), merged=True)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -177,12 +179,17 @@ class DistillationTrainer:
 
     def _export(self, folder: Path, repo_id: str | None = None) -> list[Path]:
         model = real_model(self.config, self.output_dir)
+        self._require_run()
         if model.path.startswith(PYTHON):
             raise ValueError(
                 "the given pipeline was not loaded from a folder or hub id, which a LoRA has to name as its base model; "
                 "write the whole pipeline with save_pretrained(FOLDER)"
             )
         return export_run(self.output_dir, folder, repo_id=repo_id)
+
+    def _require_run(self) -> None:
+        if not (self.output_dir / "config.yaml").is_file():
+            raise RunError(f"{self.output_dir} holds no run to export yet; call train() first.")
 
     def _family(self) -> Family:
         """What the student started as, with the text encoders."""

@@ -78,6 +78,13 @@ def test_method_of_the_family_preset(tmp_path: Path) -> None:
     assert DistillationTrainer("shapes", DMD2Config()).config.name == "dmd2"
 
 
+def test_export_before_training(tmp_path: Path) -> None:
+    trainer = DistillationTrainer("shapes:sdxl", train_dataset=CAPTIONS, args=tiny(tmp_path / "run"))
+    for export in (trainer.save_lora, trainer.save_pretrained):
+        with pytest.raises(RunError, match=r"run holds no run to export yet; call train\(\) first"):
+            export(tmp_path / "out")
+
+
 def test_all_mistakes_are_listed_in_the_words_of_the_command_line(tmp_path: Path) -> None:
     args = Args(overrides={"loop.stepz": 3, "method.gamma": -1})
     with pytest.raises(ConfigError) as error:
@@ -114,8 +121,12 @@ def test_all_mistakes_are_listed_in_the_words_of_the_command_line(tmp_path: Path
         DistillationTrainer("shapes", reward_funcs=[red, red])
     with pytest.raises(ConfigError, match="recipe sdxl_gdmd is for a model of kind diffusers, and model is 'shapes'"):
         DistillationTrainer("shapes", args=Args(recipe="sdxl_gdmd", overrides={"prompts.file": "p.txt"}))
-    with pytest.raises(ValueError, match="StableDiffusion3Pipeline|open text-to-image pipeline"):
-        DistillationTrainer(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as error:
+        DistillationTrainer(torch.nn.Linear(1, 1), reward_funcs=[3], train_dataset=[])  # type: ignore[arg-type]
+    said = ("model: got Linear: give a hub id", "type int cannot be called", "train_dataset: has no prompts")
+    assert all(part in str(error.value) for part in said)
+    with pytest.raises(ConfigError, match="'shapes:sdx' is not a shipped pipeline; did you mean 'shapes:sdxl'"):
+        DistillationTrainer("shapes:sdx")
     opened = StableDiffusionXLPipeline.from_pretrained(located("shapes:sdxl"), dtype=torch.float32)
     with pytest.raises(
         ConfigError, match=r"model.student_lora: cannot be used with an open pipeline; give the teacher"
@@ -288,8 +299,15 @@ def test_open_pipeline(tmp_path: Path) -> None:
     def trainer(pipe: Any, steps: int) -> DistillationTrainer:
         return DistillationTrainer(pipe, None, ["shapes_clip"], CAPTIONS, tiny(tmp_path / "run", steps))
 
-    first = trainer(opened(), 1)
+    def image(pipe: Any) -> Any:
+        noise = torch.Generator().manual_seed(1)
+        return pipe(CAPTIONS[0], num_inference_steps=2, height=32, width=32, generator=noise, output_type="np").images
+
+    given = opened()
+    before = image(given)
+    first = trainer(given, 1)
     first.train()
+    assert (image(given) == before).all(), "the base pipeline draws with an adapter after the training"
     assert first.train(resume_from_checkpoint=True).end.step == 1  # as after Ctrl-C in a notebook
     second = trainer(opened(), 2)
     assert second.train(resume_from_checkpoint=True).end.step == 2

@@ -24,7 +24,17 @@ START, TRAIN, USE, EVALUATE, MAINTAIN = "Start", "Train", "Use a student", "Eval
 
 
 class Grouped(TyperGroup):
-    """Lists the commands by the groups that ``rich_help_panel`` names; typer does so only in rich mode."""
+    """Lists the commands by the groups that ``rich_help_panel`` names; typer does so only in rich mode.
+
+    Reports Ctrl-C, which typer turns into a silent exit with code 130.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted; finished checkpoints and images are kept", file=sys.stderr)
+            raise
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         width = max(map(len, self.commands))
@@ -143,7 +153,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {str(error).splitlines()[0]} {OUT_OF_MEMORY}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -223,7 +223,10 @@ def _json_lines(path: Path, column: str | None) -> PromptFile:
 
 
 def _json_array(path: Path, column: str | None) -> PromptFile:
-    rows = _json(path, "the file", _decoded(path))
+    text = _decoded(path)
+    if not text.strip():
+        raise ValueError(f"prompt file {path}: is empty; it needs at least one prompt")
+    rows = _json(path, "its content", text)
     if not isinstance(rows, list):
         nested = isinstance(rows, dict) and any(isinstance(value, (list, dict)) for value in rows.values())
         advice = "save the array itself" if nested else "for one object per line use the extension .jsonl"
@@ -396,11 +399,11 @@ def _decoded(path: Path) -> str:
     except OSError as error:
         raise ValueError(f"prompt file {path}: cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, "the file", error) from error
+        raise _not_utf8(_label(path), error) from error
 
 
-def _not_utf8(path: Path, where: str, error: UnicodeDecodeError) -> ValueError:
-    return ValueError(f"prompt file {path}, {where}: not UTF-8 at byte {error.start}; convert it to UTF-8")
+def _not_utf8(place: str, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"{place}: not UTF-8 at byte {error.start}; convert it to UTF-8")
 
 
 def _checked(source: str, where: str, line: str) -> str:
@@ -442,7 +445,7 @@ def _archive(path: Path, column: str | None) -> PromptFile:
         try:
             texts[member.kind] = member.content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise _not_utf8(path, where, error) from error
+            raise _not_utf8(f"{_label(path)}, {where}", error) from error
     if not entries:
         raise ValueError(f"prompt file {path}: has no member that ends in .txt, .caption or .json")
     return PromptFile(_label(path), tuple(_entry(path, name, texts, column) for name, texts in entries.items()))

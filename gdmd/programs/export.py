@@ -111,10 +111,12 @@ def _check_options(dtype: str | None, *, loras: bool, whole: bool) -> None:
 
 
 def _check_kind(target: Path, *, whole: bool) -> None:
-    """ValueError for a folder with an export of the other kind, whose files would stay next to the new ones.
+    """ValueError for a file, and for a folder with an export of the other kind, whose files would stay next to the new ones.
 
     The description of an interrupted export is missing: its files tell the kind.
     """
+    if target.is_file():
+        raise ValueError(f"{target} is a file, not a folder; choose another folder with --out")
     merged = whole
     if (target / EXPORT_FILE).is_file():
         merged = read_json(target / EXPORT_FILE, "Choose another folder, or delete that one.").get("merged", whole)

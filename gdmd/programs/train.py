@@ -360,7 +360,18 @@ def check_prompts(cfg: RunConfig, settings: TrainSettings = DEFAULTS) -> None:
 
 
 def run_training(cfg: RunConfig, run: Run, components: Components, settings: TrainSettings = DEFAULTS) -> TrainOutput:
-    """Train ``run`` to its last step, from its newest checkpoint; then evaluate and report unless it was interrupted."""
+    """Train ``run`` to its last step, from its newest checkpoint; then evaluate and report unless it was interrupted.
+
+    An open pipeline that was given as the base model generates its own images again afterwards: no adapter is active.
+    """
+    try:
+        return _train_and_report(cfg, run, components, settings)
+    finally:
+        if settings.given.pipeline is not None:
+            cast("DiffusersRoles", components.roles).teacher.net.ready()
+
+
+def _train_and_report(cfg: RunConfig, run: Run, components: Components, settings: TrainSettings) -> TrainOutput:
     context, console = settings.context, settings.console
     settings.say(f"{cfg.name}: {cfg.about}" if cfg.about else cfg.name)
     settings.say(f"{student(cfg)}; {length(cfg)}")

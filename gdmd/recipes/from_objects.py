@@ -56,23 +56,24 @@ def recipe_from(
     recipe.
     """
     _check_types(method, args)
-    base = read_recipe(args.recipe or _recipe_name(model, method.kind if method else "gdmd_tilted"))
-    if (model == SHAPES) != (base.model.kind == "shapes"):
-        raise ConfigError([f"recipe {base.name} is for a model of kind {base.model.kind}, and model is {model!r:.80}"])
-    tree = base.model_dump(mode="json")
-    tree["method"] = _method_section(tree["method"], method)
-    tree["model"] = _model_section(tree["model"], model)
     errors: list[str] = []
+    base = _tried(lambda: _base_recipe(model, method, args), errors)
+    given: dict[str, Any] = {}
     functions: Mapping[str, Callable[..., Any]] = {}
     if reward_funcs is not None:
         listed = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if found := _tried(lambda: reward_specs(listed), errors):
-            tree["rewards"], functions = [spec.model_dump(mode="json") for spec in found[0]], found[1]
+            given["rewards"], functions = [spec.model_dump(mode="json") for spec in found[0]], found[1]
     prompts: PromptFile | None = None
     if isinstance(train_dataset, str | Path):
-        tree["prompts"] = {"file": str(train_dataset)}
+        given["prompts"] = {"file": str(train_dataset)}
     elif train_dataset is not None:
-        tree["prompts"], prompts = {}, _tried(lambda: prompts_from(train_dataset), errors)
+        given["prompts"], prompts = {}, _tried(lambda: prompts_from(train_dataset), errors)
+    if base is None:
+        raise ConfigError(errors)
+    tree = base.model_dump(mode="json") | given
+    tree["method"] = _method_section(tree["method"], method)
+    tree["model"] = _model_section(tree["model"], model)
     cfg = _checked(tree, args.recipe_values(world_size), errors)
     if reward_funcs is not None and cfg.rewards and not cfg.method.rewarded:
         raise ConfigError([f"reward_funcs: method {cfg.method.kind} as set here reads no rewards; leave them out"])
@@ -86,6 +87,14 @@ def recipe_from(
         if mistakes:
             raise ConfigError(mistakes)
     return cfg, GivenObjects(pipeline, functions, prompts)
+
+
+def _base_recipe(model: Any, method: MethodConfig | None, args: TrainingConfig) -> RunConfig:
+    """The recipe to start from. ValueError if there is none for the model, or if it is for another kind of model."""
+    base = read_recipe(args.recipe or _recipe_name(model, method.kind if method else "gdmd_tilted"))
+    if (model == SHAPES) != (base.model.kind == "shapes"):
+        raise ConfigError([f"recipe {base.name} is for a model of kind {base.model.kind}, and model is {model!r:.80}"])
+    return base
 
 
 def _tried(make: Callable[[], T], errors: list[str]) -> T | None:
@@ -147,7 +156,7 @@ def _recipe_name(model: Any, kind: str) -> str:
         found = family_of_pipeline(model)
         if found is None:
             raise ValueError(
-                f"model is a {type(model).__name__}; give a hub id, a folder, or an open text-to-image pipeline of diffusers"
+                f"model: got {type(model).__name__}: give a hub id, a folder, or an open text-to-image pipeline of diffusers"
             )
         family = found.name
     if is_shapes_pipeline(path):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from gdmd.config.validation import PREFIX
+from gdmd.config.validation import PREFIX, TEACHER
 from gdmd.io import RunError, write_atomic
 
 Direction = Literal["max", "min"]
@@ -20,16 +20,17 @@ FILE = "best.json"
 
 @dataclass(frozen=True)
 class Best:
-    """Checkpoint ``step`` and the mean of the metric that it was chosen by."""
+    """Checkpoint ``step`` and the mean of the metric that it was chosen by; ``since``: the first step to compare it with."""
 
     step: int
     metric: str
     direction: Direction
     value: float
+    since: int = 0
 
     def improves_on(self, other: Best | None) -> bool:
-        """Whether it replaces the other: a strictly better value, or one of another metric or direction."""
-        if other is None or (other.metric, other.direction) != (self.metric, self.direction):
+        """Whether it replaces the other: a strictly better value, or one of another metric, direction or validation."""
+        if other is None or (other.metric, other.direction) != (self.metric, self.direction) or other.step < self.since:
             return True
         return self.value > other.value if self.direction == "max" else self.value < other.value
 
@@ -38,7 +39,8 @@ class BestCheckpointTracker:
     """Scores checkpoints by the mean of one metric over the last ``window`` steps, so one lucky batch does not decide.
 
     Validation scores have fixed prompts and noise, so only that of the checkpoint's own step counts; checkpoints that
-    are not validated have none.
+    are not validated have none. A resumed run may have other prompts: the row of their first step has scores of the
+    teacher, and earlier scores are not comparable.
     """
 
     def __init__(self, metric: str, direction: Direction, window: int) -> None:
@@ -46,6 +48,7 @@ class BestCheckpointTracker:
         self.window = 1 if metric.startswith(PREFIX) else window
         self._rows: deque[tuple[int, float]] = deque()
         self._keys: tuple[str, ...] = ()
+        self._since = 0  # the first step with the validation prompts of now
 
     def resume(self, rows: Iterable[Mapping[str, float]]) -> None:
         """Start from the rows that a resumed run has logged."""
@@ -56,6 +59,8 @@ class BestCheckpointTracker:
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Add a logged row."""
         self._keys = tuple(values)
+        if self.metric.startswith(PREFIX) and any(key.startswith(TEACHER) for key in values):
+            self._since = step
         self._rows.append((step, values.get(self.metric, math.nan)))
         while self._rows[0][0] <= step - self.window:
             self._rows.popleft()
@@ -63,7 +68,7 @@ class BestCheckpointTracker:
     def score(self, step: int) -> Best | None:
         """The score of checkpoint ``step``: the mean over the scored rows of its window; None without one."""
         values = [value for row, value in self._rows if step - self.window < row <= step and math.isfinite(value)]
-        return Best(step, self.metric, self.direction, sum(values) / len(values)) if values else None
+        return Best(step, self.metric, self.direction, sum(values) / len(values), self._since) if values else None
 
     def why_unscored(self, step: int) -> str:
         """The message for the user if ``score`` is None; "" for a checkpoint that is not validated."""

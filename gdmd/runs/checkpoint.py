@@ -68,7 +68,9 @@ class _Target:
 
     def consequence(self) -> str:
         """What a failed save leaves, for the error."""
-        return f"No partial checkpoint was left; {len(steps(self.folder))} older checkpoint(s) are intact."
+        newest = max(steps(self.folder), default=None)
+        older = "there is no older one" if newest is None else f"the checkpoint of step {newest} is intact"
+        return f"No partial checkpoint was left; {older}."
 
 
 def save(

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from cli_world import Gdmd
 
+from gdmd.cli.app import main
+
 KINDS = (
     "shapes_clip, shapes_pref, shapes_clip_heldout, shapes_partial_credit, clip, hps, hps_v2, pickscore, imagereward, "
     "aesthetic, hpsv3, geneval2, geneval, ocr, callable, function, remote, composite"
@@ -301,3 +303,16 @@ def test_explained_field_with_a_wrong_name(gdmd: Gdmd) -> None:
 def test_names_in_the_list_of_recipes_are_not_broken(gdmd: Gdmd) -> None:
     listed = gdmd("recipes").out
     assert "student from black-forest-labs/FLUX.2-klein-4B" in " ".join(listed.split())
+
+
+def test_interrupted_command_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typer ends a command silently at Ctrl-C; ``gdmd train`` reports its own stop and does not come here."""
+
+    def interrupted() -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gdmd.recipes.read.shapes_names", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main(["recipes"])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted; finished checkpoints and images are kept\n"

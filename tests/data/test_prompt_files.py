@@ -116,7 +116,7 @@ def test_prose_is_not_taken_for_another_format(tmp_path: Path, first: str) -> No
         ("p.jsonl", r'{"prompt": "a\u0000"}', "U+0000"),
         ("p.jsonl", "[" * 100_000, "line 1: cannot be read as JSON"),
         ("p.jsonl", '{"prompt": ' + "9" * 5000 + "}", "line 1: cannot be read as JSON"),
-        ("p.json", "", "the file: not JSON"),
+        ("p.json", "", "p.json: is empty; it needs at least one prompt"),
         ("p.json", "[]", "is empty; it needs at least one prompt"),
         ("p.json", '{"prompt": "a ring"}', "got dict; for one object per line use the extension .jsonl"),
         ("p.json", '{"prompts": ["a ring"]}', "got dict; save the array itself"),

@@ -32,7 +32,7 @@ from gdmd.export.student import student_pipeline
 from gdmd.models.loading import open_family
 from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.models.roles import DiffusersRoles
-from gdmd.programs.export import validation_at
+from gdmd.programs.export import _check_kind, validation_at
 from gdmd.runs.run_folder import TRAINED_BEFORE, create
 from gdmd.sources.base import image_slots
 from gdmd.sources.open import open_source
@@ -91,6 +91,14 @@ def test_norms_of_krea2_stay_in_fp32(folders: Path, tmp_path: Path) -> None:
         found = dict(net.named_parameters())
         assert torch.equal(found["transformer_blocks.0.norm1.weight"], weights["transformer_blocks.0.norm1.weight"])
         assert found["transformer_blocks.0.attn.to_q.weight"].dtype == torch.bfloat16
+
+
+def test_file_in_place_of_the_folder(tmp_path: Path) -> None:
+    """It is refused before the pipeline is loaded."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cube\n")
+    with pytest.raises(ValueError, match=r"prompts.txt is a file, not a folder; choose another folder with --out"):
+        _check_kind(file, whole=False)
 
 
 def test_share_undone_by_rounding(folders: Path) -> None:

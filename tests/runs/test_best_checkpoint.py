@@ -125,3 +125,21 @@ def test_metric_that_is_not_logged() -> None:
     assert tracker.score(10) is None
     assert "reward/targt has no value in steps 1 ... 10" in tracker.why_unscored(10)
     assert "did you mean reward/target?" in tracker.why_unscored(10)
+
+
+def test_best_of_earlier_validation_prompts_is_replaced(tmp_path: Path) -> None:
+    """A resumed run may have other validation prompts, whose scores cannot be compared with the best score so far."""
+    key, teacher = "validation/clip", "validation/teacher/clip"
+    rows = [{"step": 0, key: 0.1, teacher: 0.5}, {"step": 10, key: 0.9}, {"step": 20, key: 0.2, teacher: 0.3}]
+    tracker = BestCheckpointTracker(key, "max", 10)
+    for row in rows:
+        tracker.add(int(row["step"]), row)
+        if row["step"]:
+            checkpoint.save(tmp_path, int(row["step"]), {}, {}, 0, tracker.score(int(row["step"])))
+    assert checkpoint.chosen_path(tmp_path, "best").name == "step_000020"
+    again = BestCheckpointTracker(key, "max", 10)
+    again.resume(rows)
+    for step, value, best in ((30, 0.3, 30), (40, 0.25, 30)):
+        again.add(step, {key: value})
+        checkpoint.save(tmp_path, step, {}, {}, 0, again.score(step))
+        assert checkpoint.chosen_path(tmp_path, "best").name == f"step_{best:06d}"

@@ -88,7 +88,7 @@ def test_folder_becomes_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         if step == 7:
             monkeypatch.setattr(Path, "mkdir", locked)
 
-    with pytest.raises(RunError, match=r"step_000010.*Read-only.*1 older checkpoint.*read-only: choose another folder"):
+    with pytest.raises(RunError, match=r"step_000010.*Read-only.*step 5 is intact.*read-only: choose another"):
         Toy(tmp_path / "run", toy_config(12), lock).train()
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5]
 
