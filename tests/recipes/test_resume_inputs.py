@@ -101,7 +101,7 @@ def test_changed_input_must_be_accepted(gdmd: Gdmd, field: str, name: str) -> No
         assert resume(gdmd, steps=3).endswith("exit code 0")  # it is the run's own input from now on
         assert gdmd("report", "run").code == 0
         assert f"{field} changed at step 1" in Path("run/report.html").read_text()
-    card = "\n".join(_table(config_of(Path("run")), facts, []))
+    card = "\n".join(_table(config_of(Path("run")), facts, [], [], {}))
     assert f"| inputs changed | {field} changed at step 1" in card
     assert "| changed on resume | loop.steps: 1 -> 2, from step 1 on |" in card
 
