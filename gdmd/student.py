@@ -14,7 +14,7 @@ from gdmd.config.load import validated
 from gdmd.config.shapes_pipeline import HUB_ID
 from gdmd.hub import hub_file, hub_reason, offline, transport_errors
 from gdmd.io import RunError, near_name
-from gdmd.sources.base import EXPORT_FILE
+from gdmd.runs.student_file import EXPORT_FILE
 
 if TYPE_CHECKING:
     import torch

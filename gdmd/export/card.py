@@ -212,7 +212,7 @@ def _table(
         "batch": cfg.loop.batch_size,
         **_sizes(cfg),
         "rewards": ", ".join(rewards) or "none",
-        **({"rewards of earlier runs (loop.start_from)": ", ".join(before)} if before else {}),
+        **({"rewards of earlier runs": ", ".join(before)} if before else {}),
         **_scoring(facts.get("scoring")),
         **_data(cfg, facts),
         **({"inputs changed": "; ".join(changed)} if (changed := change_lines(facts)) else {}),

@@ -30,8 +30,8 @@ from gdmd.recipes.inputs import on_base
 from gdmd.recipes.run_folders import config_of
 from gdmd.runs import checkpoint
 from gdmd.runs.run_folder import TRAINED_BEFORE, read_facts, read_metrics
+from gdmd.runs.student_file import EXPORT_FILE
 from gdmd.runs.trained_on import trained_before, trained_on
-from gdmd.sources.base import EXPORT_FILE
 
 _log = logging.getLogger(__name__)
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 SHIPPED = {"dmd": "shapes_dmd"}
 """Name after ``shapes:`` -> the asset."""
 ROLES = ("student", "fake")
+EXPORT_FILE = "gdmd_export.json"
+"""The file in an exported folder with what is needed to generate images with it."""
 
 
 def student_file(start_from: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""Which rewards a run's student has seen: those of the run, and those of the runs that it started from (loop.start_from)."""
+"""Which rewards a run's student has seen: those of the run, and those of the runs and exports that it started from."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from gdmd.config.describe import trained_rewards
+from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
-from gdmd.runs.run_folder import TRAINED_BEFORE, open_run, read_facts, write_facts
-from gdmd.runs.student_file import read_student_file, student_file
+from gdmd.io import RunError, read_json
+from gdmd.runs.run_folder import TRAINED_BEFORE, Run, open_run, read_facts, write_facts
+from gdmd.runs.student_file import EXPORT_FILE, read_student_file, student_file
 
 
 def trained_on(cfg: RunConfig, run: Path) -> tuple[str, ...]:
@@ -18,22 +20,41 @@ def trained_on(cfg: RunConfig, run: Path) -> tuple[str, ...]:
 
 
 def trained_before(cfg: RunConfig, run: Path) -> tuple[str, ...]:
-    """Labels of the rewards of the runs before a run.
+    """Labels of the rewards that trained the student before a run.
 
-    A run of an earlier version did not record them: they are read from its loop.start_from, if that is still there.
+    A run of an earlier version did not record them: they are read from its start, if that is still there.
     """
     facts = read_facts(run) if (run / "run.json").is_file() else {}
-    if TRAINED_BEFORE in facts or not cfg.loop.start_from:
-        return tuple(facts.get(TRAINED_BEFORE, ()))
+    if TRAINED_BEFORE in facts:
+        return tuple(facts[TRAINED_BEFORE])
     try:
-        return rewards_of_start(cfg.loop.start_from)
-    except ValueError:
+        return _rewards_before(cfg)
+    except (ValueError, RunError):
         return ()
 
 
-def note_start(run: Path, start_from: str) -> None:
-    """Record in run.json the rewards that trained the student of ``start_from``."""
-    write_facts(run, read_facts(run) | {TRAINED_BEFORE: list(rewards_of_start(start_from))})
+def note_start(run: Run) -> None:
+    """Record in run.json the rewards that trained the student which the run starts from."""
+    cfg = RunConfig.model_validate(run.config)
+    found = _rewards_before(cfg)
+    if found or cfg.loop.start_from:
+        write_facts(run.path, read_facts(run.path) | {TRAINED_BEFORE: list(found)})
+
+
+def _rewards_before(cfg: RunConfig) -> tuple[str, ...]:
+    started = rewards_of_start(cfg.loop.start_from) if cfg.loop.start_from else ()
+    return tuple(dict.fromkeys((*started, *_rewards_of_exports(cfg))))
+
+
+def _rewards_of_exports(cfg: RunConfig) -> tuple[str, ...]:
+    """Labels of the rewards of the exports on this disk that are the student's base model or LoRAs."""
+    if not isinstance(cfg.model, DiffusersModel):
+        return ()
+    base = cfg.model.start
+    places = (Path(base.path), *(Path(lora.path) for lora in base.teacher_loras))
+    files = ((place.parent if place.is_file() else place) / EXPORT_FILE for place in places)
+    found = (read_json(file, "Export the run again.").get("rewards", ()) for file in files if file.is_file())
+    return tuple(str(label) for labels in found for label in labels)
 
 
 def rewards_of_start(start_from: str) -> tuple[str, ...]:

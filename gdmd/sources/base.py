@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 Kind = Literal["teacher", "run", "export", "pipeline", "images"]
 
 
-EXPORT_FILE = "gdmd_export.json"
-"""The file in an exported folder with what is needed to generate images with it."""
-
-
 SETTINGS = "settings.json"
 """The file next to generated images with what they were generated with."""
 

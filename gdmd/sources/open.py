@@ -17,7 +17,8 @@ from gdmd.config.shapes_pipeline import HUB_ID, PREFIX, is_shapes_pipeline, loca
 from gdmd.io import RunError, near_name, read_json
 from gdmd.models.pipeline_files import instead_of_pipeline
 from gdmd.recipes.run_folders import TEACHERS, config_of
-from gdmd.sources.base import EXPORT_FILE, Kind, Source
+from gdmd.runs.student_file import EXPORT_FILE
+from gdmd.sources.base import Kind, Source
 from gdmd.sources.folders import FolderSource, holds_images
 
 

@@ -59,8 +59,9 @@ from gdmd.models.tokens import fit_limits, readers_of
 from gdmd.models.vae import on_white
 from gdmd.recipes.contents import lora_content
 from gdmd.rewards.weights import weights_content
+from gdmd.runs.student_file import EXPORT_FILE
 from gdmd.shapes.grammar import tokenize
-from gdmd.sources.base import EXPORT_FILE, ImageSlot, SourceInfo, device_name, to_images
+from gdmd.sources.base import ImageSlot, SourceInfo, device_name, to_images
 from gdmd.sources.schedulers import check_scheduler, set_scheduler, step_arguments
 
 if TYPE_CHECKING:

@@ -402,8 +402,8 @@ class _Trainer:
             self.progress.note(
                 f"{self.run.checkpoints} holds no checkpoint: the run starts over, without its {logged} logged rows"
             )
-        if not saved and self.cfg.start_from:
-            note_start(self.run.path, self.cfg.start_from)
+        if not saved:
+            note_start(self.run)
         self.run.rewind(saved.step if saved else -1)
         rows = read_metrics(self.run.path)
         self.best.resume(rows if self.best.metric else ())

@@ -40,7 +40,7 @@ from gdmd.recipes.build import Components, build
 from gdmd.recipes.build_rewards import reward_stats
 from gdmd.recipes.objects import PYTHON, GivenObjects
 from gdmd.runs.run_folder import Run, create, read_facts, read_metrics
-from gdmd.sources.base import EXPORT_FILE
+from gdmd.runs.student_file import EXPORT_FILE
 from gdmd.sources.draw import draw
 from gdmd.student import load_student
 from gdmd.training.loop import train

@@ -132,7 +132,7 @@ def test_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     target = {"first file": "_sha256", "state.json": "_digest", "rename": "_fsync"}[moment]
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, target, full_disk)
-        with pytest.raises(RunError, match=r"step_000010: No space left.*the checkpoint of step 5 is intact\. Free some disk space"):
+        with pytest.raises(RunError, match=r"step_000010: No space left.*of step 5 is intact\. Free some disk space"):
             save_steps(tmp_path, 10)
     assert [entry.name for entry in tmp_path.iterdir()] == ["step_000005"]
     loaded = checkpoint.load_newest(tmp_path)

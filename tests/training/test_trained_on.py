@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 from cli_world import Gdmd
 
 from gdmd.config.image_source import read_source
+from gdmd.recipes.read import read_recipe
 from gdmd.recipes.run_folders import config_of
-from gdmd.runs.run_folder import TRAINED_BEFORE, open_run, read_facts, write_facts
-from gdmd.runs.trained_on import rewards_of_start, trained_on
+from gdmd.runs.run_folder import TRAINED_BEFORE, create, open_run, read_facts, write_facts
+from gdmd.runs.student_file import EXPORT_FILE
+from gdmd.runs.trained_on import note_start, rewards_of_start, trained_on
 from gdmd.sources.open import open_source
 
 PARTIAL = "rewards=[{kind: shapes_partial_credit}]"
@@ -47,3 +51,29 @@ def test_a_start_whose_configuration_is_of_another_version(gdmd: Gdmd) -> None:
     assert open_run(Path("run")).config["removed"] == 1
     assert rewards_of_start("run") == ("shapes_clip", "shapes_pref")
     assert rewards_of_start("shapes:dmd") == ()
+
+
+@pytest.mark.parametrize(
+    "start", ["model.path=old/export", "model.student=old/export", "model.student_lora=old/export/l.st"]
+)
+def test_rewards_of_an_export_count_as_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str) -> None:
+    """Also after the export is gone; without a record of the start, while it is there."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("old/export")
+    folder.mkdir(parents=True)
+    (folder / "l.st").touch()
+    (folder / EXPORT_FILE).write_text(json.dumps({"rewards": ["pickscore", "hps"]}))
+    cfg = read_recipe("sdxl_gdmd", ["model.path=/models/sdxl", start, "rewards=[{kind: hps}]"])
+    run = create(Path("run"), cfg.model_dump(mode="json"))
+    assert trained_on(cfg, run.path) == ("hps", "pickscore")
+    note_start(run)
+    (folder / EXPORT_FILE).unlink()
+    assert trained_on(cfg, run.path) == ("hps", "pickscore")
+    other = read_recipe("sdxl_gdmd", ["model.path=/models/sdxl", "rewards=[{kind: hps}]"])
+    assert trained_on(other, tmp_path) == ("hps",)
+
+
+def test_a_teacher_that_is_an_export_does_not_train_the_student(tmp_path: Path) -> None:
+    (tmp_path / EXPORT_FILE).write_text(json.dumps({"rewards": ["pickscore"]}))
+    words = [f"model.path={tmp_path}", "model.student=/models/sdxl", "rewards=[{kind: hps}]"]
+    assert trained_on(read_recipe("sdxl_gdmd", words), tmp_path / "run") == ("hps",)
