@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gdmd.config.names import near
 from gdmd.io import content_hash
@@ -92,7 +92,8 @@ def object_source(given: Any) -> str | None:
     """A hash of the source code of a function, or of the class of another callable; None if Python does not know it.
 
     With the arguments that ``functools.partial`` binds, the variables of an enclosing function, and the arguments of
-    ``__init__`` that an instance keeps under their names: numbers and strings by value, other objects by their class.
+    ``__init__`` that an instance keeps under their names: numbers, strings, tensors and the parameters of modules by value,
+    other objects by their class.
     """
     bound: list[str] = []
     while isinstance(given, partial):
@@ -100,6 +101,8 @@ def object_source(given: Any) -> str | None:
         bound += [f"{name}={_value(one)}" for name, one in sorted(given.keywords.items())]
         given = given.func
     bound += [*_enclosed(given), *_kept(given)]
+    own = getattr(given, "__self__", given)  # of a bound method
+    bound += [_value(own)] if isinstance(own, nn.Module) else []
     try:
         source = inspect.getsource(given if hasattr(given, "__name__") else type(given))
     except (OSError, TypeError):
@@ -139,8 +142,21 @@ def _kept(given: Any) -> Iterator[str]:
 
 
 def _value(bound: Any) -> str:
-    plain = bound is None or isinstance(bound, str | int | float)
-    return repr(bound) if plain else type(bound).__qualname__
+    if bound is None or isinstance(bound, str | int | float):
+        return repr(bound)
+    tensors: Mapping[str, Tensor] = {"": bound} if isinstance(bound, Tensor) else {}
+    if isinstance(bound, nn.Module):  # not its buffers, which a call may change
+        tensors = dict(bound.named_parameters())
+    return " ".join([type(bound).__qualname__, *(f"{name} {_content(one)}" for name, one in tensors.items())])
+
+
+def _content(tensor: Tensor) -> str:
+    """A hash of a tensor's values; the shape of one that holds none (meta), or not as they are (a quantized one)."""
+    plain = tensor.detach()
+    if plain.is_meta or type(plain) is not Tensor:
+        return str(tuple(plain.shape))
+    plain = plain.cpu().contiguous()
+    return content_hash(str(plain.dtype), str(tuple(plain.shape)), plain.flatten().view(torch.uint8).numpy().tobytes())
 
 
 def imported(target: str) -> Any:

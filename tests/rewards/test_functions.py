@@ -320,13 +320,14 @@ def scaled(images: Tensor, prompts: Any, factor: Any = 1.0) -> Tensor:
 
 
 def test_bound_arguments_are_part_of_the_identity() -> None:
-    """Objects count by their class, as their text may hold an address."""
+    """Tensors count by their values, other objects by their class, as their text may hold an address."""
 
     def source(factor: Any) -> str | None:
         return CallableReward(partial(scaled, factor=factor), "scaled").config.source  # type: ignore[union-attr]
 
     assert source(1.0) == source(1.0) != source(2.0) != CallableReward(scaled).config.source  # type: ignore[union-attr]
-    assert source(torch.ones(())) == source(torch.zeros(()))
+    assert source(torch.ones(())) == source(torch.ones(())) != source(torch.zeros(()))
+    assert source(object()) == source(object()) != source([])
 
 
 def test_variables_of_an_enclosing_function_are_part_of_the_identity() -> None:
@@ -367,6 +368,47 @@ def test_settings_of_an_instance_are_part_of_the_identity() -> None:
     used(torch.rand(2, 3, 4, 4), ["a", "b"])
     assert source(used) == source(Bounded(0.0)) != source(Bounded(0.1)) != source(Bounded(0.1, 0.5))
     assert source(Bounded(0.0).__call__) != source(Bounded(0.1).__call__)
+
+
+class Weighted(nn.Module):
+    """A reward network with a parameter, and a buffer that counts its calls."""
+
+    calls: Tensor
+
+    def __init__(self, weight: float, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.part = nn.Linear(1, 1).requires_grad_(False).to(dtype)
+        self.part.weight.fill_(weight)
+        self.part.bias.zero_()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, images: Tensor, prompts: Any) -> Tensor:
+        self.calls += 1
+        return self.part(images.mean((1, 2, 3))[:, None].to(self.part.weight.dtype))[:, 0].float()
+
+
+class Holding:
+    """A reward that keeps a network which it was given."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
+        return self.net(images, prompts)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("around", [lambda net: net, Holding, lambda net: net.forward, lambda net: partial(net)])
+def test_the_parameters_of_a_network_are_part_of_the_identity(around: Any) -> None:
+    """The given one may be any of several weights of a class; a buffer may count its calls."""
+
+    def source(net: nn.Module) -> str | None:
+        return CallableReward(around(net), "weighted").config.source  # type: ignore[union-attr]
+
+    used = Weighted(0.5)
+    used(torch.rand(2, 3, 4, 4), ["a", "b"])
+    assert source(used) == source(Weighted(0.5)) != source(Weighted(0.25))
+    assert source(Weighted(0.5, torch.bfloat16)) != source(used)
+    assert source(Weighted(0.5).to("meta")) == source(Weighted(0.25).to("meta"))
 
 
 def test_the_program_finds_a_function_next_to_the_working_directory(tmp_path: Path) -> None:
