@@ -23,11 +23,11 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gdmd.data.webdataset import members
 from gdmd.io import content_hash
@@ -48,6 +48,10 @@ EXTENSIONS = ".txt (one prompt per line), .csv, .tsv, .jsonl, .ndjson, .json, .p
 NO_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")
 """Control characters, surrogates and byte order marks: signs of another encoding, or of a binary file."""
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tgz", ".7z")
+
+SHOWN_MISTAKES = 5
+"""Most mistakes of a file that an error lists."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,7 @@ class PromptFile:
     blank: int = 0
 
     def __post_init__(self) -> None:
-        for prompt in self.prompts:
-            _check_teacher(self.source, prompt)
+        _each([(one.where, one) for one in self.prompts], partial(_check_teacher, self.source))
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -190,8 +193,25 @@ def _text(path: Path, column: str | None) -> PromptFile:
         raise ValueError(f"prompt file {path}: a .txt file has no column {column!r}; leave the column out")
     lines = _lines(path)
     _check_format(path, next((line.strip() for _, line in lines if line.strip()), ""))
-    found = tuple(Prompt(_checked(_label(path), where, line), where) for where, line in lines if line.strip())
-    return PromptFile(_label(path), found, blank=len(lines) - len(found))
+    kept = [(where, line) for where, line in lines if line.strip()]
+    found = _each(kept, lambda where, line: Prompt(_checked(_label(path), where, line), where))
+    return PromptFile(_label(path), tuple(found), blank=len(lines) - len(found))
+
+
+def _each(rows: Iterable[tuple[str, Any]], read: Callable[[str, Any], T]) -> list[T]:
+    """read(place, content) of each row. One ValueError for all mistakes; it shows the first ones."""
+    found: list[T] = []
+    mistakes: list[str] = []
+    for where, row in rows:
+        try:
+            found.append(read(where, row))
+        except ValueError as error:
+            mistakes.append(str(error))
+    if more := mistakes[SHOWN_MISTAKES:]:
+        mistakes[SHOWN_MISTAKES:] = [f"and {len(more)} more"]
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return found
 
 
 def _check_format(path: Path, first: str) -> None:
@@ -218,7 +238,8 @@ def _json_lines(path: Path, column: str | None) -> PromptFile:
     lines = _lines(path)
     if re.match(r'\s*\[\s*([{"]|$)', next((line for _, line in lines if line.strip()), "")):
         raise ValueError(f"prompt file {path}: contains a JSON array, not one object per line; use the extension .json")
-    rows = [(where, _json(path, where, line)) for where, line in lines if line.strip()]
+    kept = [(where, line) for where, line in lines if line.strip()]
+    rows = _each(kept, lambda where, line: (where, _json(path, where, line)))
     return _objects(_label(path), rows, column, len(lines) - len(rows))
 
 
@@ -249,7 +270,7 @@ def _table(path: Path, column: str | None, delimiters: str) -> PromptFile:
     header = [name.strip() for name in first]
     if twice := [name for name in dict.fromkeys(header) if name and header.count(name) > 1]:
         raise ValueError(f"prompt file {path}, {where}: two columns are named {twice[0]!r}; rename one")
-    named = [(where, _named(path, where, header, row)) for where, row in rest]
+    named = _each(rest, lambda where, row: (where, _named(path, where, header, row)))
     chosen = _column(_label(path), where, [name for name in header if name], column)
     return _objects(_label(path), named, chosen, len(cells) - len(rows))
 
@@ -308,17 +329,18 @@ def _objects(
     source: str, rows: Sequence[tuple[str, Any]], column: str | None, blank: int = 0, *, texts: bool = False
 ) -> PromptFile:
     """Rows with the prompt under one key. ``texts``: a row may also be the prompt itself."""
-    found, key = [], ""
-    for where, row in rows:
+    place, first = next(((where, row) for where, row in rows if isinstance(row, dict)), ("", {}))
+    key = "" if not place else column or _key(source, place, list(first))
+
+    def read(where: str, row: Any) -> Prompt:
         if isinstance(row, dict):
-            key = key or column or _key(source, where, list(row))
-            found.append(_object(source, where, row, key))
-        elif texts and isinstance(row, str) and column is None:
-            found.append(Prompt(_checked(source, where, row), where))
-        else:
-            shown = json.dumps(row, ensure_ascii=False, default=str)[:60]
-            raise ValueError(f'{source}, {where}: expected {{"prompt": "..."}}, got {shown}')
-    return PromptFile(source, tuple(found), key, blank)
+            return _object(source, where, row, key)
+        if texts and isinstance(row, str) and column is None:
+            return Prompt(_checked(source, where, row), where)
+        shown = json.dumps(row, ensure_ascii=False, default=str)[:60]
+        raise ValueError(f'{source}, {where}: expected {{"prompt": "..."}}, got {shown}')
+
+    return PromptFile(source, tuple(_each(rows, read)), key, blank)
 
 
 def _key(source: str, where: str, names: Sequence[str]) -> str:
@@ -372,7 +394,7 @@ def _object(source: str, where: str, row: Mapping[str, Any], key: str) -> Prompt
     return Prompt(prompt, where, ({} if "prompt" in other else {"prompt": prompt}) | other | {"prompt": prompt})
 
 
-def _check_teacher(source: str, prompt: Prompt) -> None:
+def _check_teacher(source: str, where: str, prompt: Prompt) -> None:
     """A missing cell is None, in a DataFrame NaN or NA; an empty one is a blank text."""
     given = (prompt.meta or {}).get(TEACHER_PROMPT)
     if str(given) in ("None", "nan", "<NA>") or _is_blank(given):
@@ -380,10 +402,10 @@ def _check_teacher(source: str, prompt: Prompt) -> None:
     if not isinstance(given, str):
         shown = json.dumps(given, ensure_ascii=False, default=str)[:60]
         raise ValueError(
-            f"{source}, {prompt.where}: {TEACHER_PROMPT!r} must be a string, got {shown}; leave it empty where the "
+            f"{source}, {where}: {TEACHER_PROMPT!r} must be a string, got {shown}; leave it empty where the "
             "teacher reads the prompt"
         )
-    _checked(source, f"{prompt.where}, {TEACHER_PROMPT}", given)
+    _checked(source, f"{where}, {TEACHER_PROMPT}", given)
 
 
 def _lines(path: Path) -> list[tuple[str, str]]:

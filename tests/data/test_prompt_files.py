@@ -316,3 +316,33 @@ def test_mutated_files_are_read_or_an_error(
     if path.suffix in (".txt", ".jsonl"):
         lines = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r", b"\n").decode().split("\n")
         assert len(texts) == sum(bool(line.strip()) for line in lines)
+
+
+BAD = {
+    "p.txt": ["a\x00", "a cat", "b\x01"],
+    "p.jsonl": ['{"prompt": "a cat"}', '{"prompt": 1}', "[1]", '{"prompt": ""}'],
+    "q.jsonl": ["{", '{"prompt": "a cat"}', "}"],
+    "p.csv": ["prompt,n", "a cat,1,2", "a dog,1", "b,c,d"],
+    "t.jsonl": [
+        '{"prompt": "a", "teacher_prompt": 1}',
+        '{"prompt": "b"}',
+        '{"prompt": "c", "teacher_prompt": "\\u0000"}',
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "wrong"), list(zip(BAD, ((1, 3), (2, 3, 4), (1, 3), (2, 4), (1, 3)), strict=True)))
+def test_all_mistakes_of_a_file_at_once(tmp_path: Path, name: str, wrong: tuple[int, ...]) -> None:
+    file = tmp_path / name
+    file.write_text("\n".join(BAD[name]))
+    with pytest.raises(ValueError) as raised:
+        read_prompts(file)
+    lines = str(raised.value).splitlines()
+    assert [line.split(": ")[0].split(", ")[1] for line in lines] == [f"line {number}" for number in wrong]
+
+
+def test_a_long_list_of_mistakes_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a\x00\n" * 12)
+    with pytest.raises(ValueError) as raised:
+        read_prompts(tmp_path / "p.txt")
+    assert len(lines := str(raised.value).splitlines()) == 6 and lines[-1] == "and 7 more"
