@@ -53,6 +53,7 @@ from gdmd.recipes.run_folders import check_resumable, new_folder, resumed
 from gdmd.reporting.progress_bar import phase
 from gdmd.runs.process import run_lock
 from gdmd.runs.run_folder import Run, check_new, create, open_run
+from gdmd.runs.trained_on import note_start
 from gdmd.shapes.grammar import catalog
 from gdmd.training.adamw8bit import require_torchao
 from gdmd.training.callbacks import TrainerCallback
@@ -381,6 +382,7 @@ def _train_and_report(cfg: RunConfig, run: Run, components: Components, settings
     with phase("checking the inputs and the decoder", console, plain=False):
         # also after a resume: hub ids are resolved by now
         context.on_main(lambda: check_inputs(cfg, run, console, accept=settings.accept, given=settings.given))
+        context.on_main(lambda: note_start(cfg, run.path))
         model = cfg.model
         if isinstance(model, DiffusersModel) and settings.given.pipeline is None:
             context.on_main(lambda: record_commits(model, run, console))

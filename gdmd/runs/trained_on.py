@@ -10,7 +10,7 @@ from gdmd.config.describe import trained_rewards
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.io import RunError, read_json
-from gdmd.runs.run_folder import TRAINED_BEFORE, Run, open_run, read_facts, write_facts
+from gdmd.runs.run_folder import TRAINED_BEFORE, open_run, read_facts, write_facts
 from gdmd.runs.student_file import EXPORT_FILE, read_student_file, student_file
 
 
@@ -33,12 +33,14 @@ def trained_before(cfg: RunConfig, run: Path) -> tuple[str, ...]:
         return ()
 
 
-def note_start(run: Run) -> None:
-    """Record in run.json the rewards that trained the student which the run starts from."""
-    cfg = RunConfig.model_validate(run.config)
+def note_start(cfg: RunConfig, run: Path) -> None:
+    """Record in run.json, once, the rewards that trained the student which the run starts from."""
+    facts = read_facts(run)
+    if TRAINED_BEFORE in facts:
+        return
     found = _rewards_before(cfg)
     if found or cfg.loop.start_from:
-        write_facts(run.path, read_facts(run.path) | {TRAINED_BEFORE: list(found)})
+        write_facts(run, facts | {TRAINED_BEFORE: list(found)})
 
 
 def _rewards_before(cfg: RunConfig) -> tuple[str, ...]:

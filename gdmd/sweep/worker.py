@@ -29,7 +29,7 @@ from gdmd.recipes.open_run import load_ema, student_row
 from gdmd.runs import checkpoint
 from gdmd.runs.process import folder_lock, stop_with_parent
 from gdmd.runs.run_folder import Run, check_same_config, commit, create, open_run, read_metrics, versions
-from gdmd.runs.trained_on import trained_on
+from gdmd.runs.trained_on import note_start, trained_on
 from gdmd.shapes.evaluate import Evaluation, evaluate, evaluate_images
 from gdmd.shapes.roles import ShapesRoles, ShapesTextEncoder
 from gdmd.sweep.budgets import iterations
@@ -115,6 +115,7 @@ def _student(job: Mapping[str, Any], folder: Path) -> dict[str, Any] | TrainEnd:
     began = time.perf_counter()
     cfg = settings(job, iterations(job), folder.parent)
     run = _run(folder / "run", cfg)
+    note_start(cfg, run.path)
     components = build(cfg)
     method = counted(components)
     progress = PlainProgress(cfg.loop.steps)

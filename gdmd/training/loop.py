@@ -26,7 +26,6 @@ from gdmd.runs import checkpoint
 from gdmd.runs.best_checkpoint import BestCheckpointTracker
 from gdmd.runs.process import stop_signals
 from gdmd.runs.run_folder import Run, read_metrics
-from gdmd.runs.trained_on import note_start
 from gdmd.training.callbacks import CallbackError, TrainerCallback, TrainerState, call
 from gdmd.training.displacement import hardly_moves
 from gdmd.training.distributed import SINGLE_PROCESS, DistributedContext, OtherRankError
@@ -402,8 +401,6 @@ class _Trainer:
             self.progress.note(
                 f"{self.run.checkpoints} holds no checkpoint: the run starts over, without its {logged} logged rows"
             )
-        if not saved:
-            note_start(self.run)
         self.run.rewind(saved.step if saved else -1)
         rows = read_metrics(self.run.path)
         self.best.resume(rows if self.best.metric else ())
