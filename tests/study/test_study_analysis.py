@@ -261,6 +261,14 @@ def test_simulate_prints_what_the_numbers_can_find(capsys: pytest.CaptureFixture
     assert "win_rate" in capsys.readouterr().err
 
 
+def test_simulate_with_one_rater_has_no_clustered_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("study", "simulate", "--raters", "1", "--votes", "1", "--studies", "3")
+    assert run(*arguments, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["clustered_covered"] is None
+    assert run(*arguments) == 0
+    assert "contains the score  no interval" in capsys.readouterr().out
+
+
 def test_simulate_refuses_numbers_that_a_planned_study_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study, _, _ = write_study(tmp_path)
     assert run("study", "simulate", str(study), "--studies", "2", "--raters", "40", "--pairs", "9") == 2
