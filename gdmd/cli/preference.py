@@ -19,7 +19,8 @@ Prompts = Annotated[
     typer.Option("--prompts", help="A txt, csv, jsonl, ... file; default for Shapes: its evaluation set."),
 ]
 Column = Annotated[
-    str | None, typer.Option("--prompt-column", help="Column with the prompts; default: prompt, else caption or text.")
+    str | None,
+    typer.Option("--prompt-column", help="Column with the prompts; default: prompt; in a table, else caption or text."),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first prompts of the file.")]
 PerTask = Annotated[int | None, typer.Option(min=1, help="Prompts per task of the Shapes evaluation set; default: 50.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from enum import StrEnum
@@ -226,11 +227,12 @@ def simulate_command(
 
 
 def _recovered(found: Any) -> dict[str, str]:
+    covered = found.clustered_covered
     return {
         "true win rate among decided votes": f"{found.truth:.3f}",
         f"mean of {found.studies - found.lost} simulated studies": f"{found.mean_win_rate:.3f}",
         "Wilson interval contains it": f"{found.wilson_covered:.0%}",
-        "clustered interval contains the score": f"{found.clustered_covered:.0%}",
+        "clustered interval contains the score": "no interval" if math.isnan(covered) else f"{covered:.0%}",
         "sign test p < .05, correct side": f"{found.found:.0%}",
     } | ({"no decided vote, or no rater who passed the checks": f"{found.lost} studies"} if found.lost else {})
 

@@ -58,7 +58,7 @@ class PromptConfig(Config):
         "Shapes captions.",
     )
     column: str | None = Field(
-        default=None, description="Column or key of the prompts; default: prompt, else caption or text."
+        default=None, description="Column or key of the prompts; default: prompt; in a table, else caption or text."
     )
 
     def _mistakes(self) -> Iterator[str]:

@@ -48,6 +48,7 @@ from gdmd.evaluation.scorers import (
 )
 from gdmd.evaluation.verdict import SHAPES_SET
 from gdmd.io import finite_or_none, write_atomic
+from gdmd.recipes.build_rewards import check_metadata
 from gdmd.recipes.open_run import check_checkpoint
 from gdmd.recipes.run_folders import config_of
 from gdmd.reporting.progress_bar import phase
@@ -140,6 +141,7 @@ def _measured(
     prompt_set = _prompt_set(options)
     if prompt_set.note:
         log(prompt_set.note)
+    check_metadata(specs, prompt_set.texts, prompt_set.meta)
     if shapes:
         rows_of(prompt_set)
     real = reference_files(options.reference) if options.reference is not None else ()

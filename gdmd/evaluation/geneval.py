@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -110,6 +111,11 @@ def images_key(folder: Path) -> str:
     """A hash of the prompts and images of a folder in the official layout, to which its scores belong."""
     files = sorted([*folder.glob("*/metadata.jsonl"), *folder.glob("*/samples/*.png")])
     return content_hash(*(part for file in files for part in (file.relative_to(folder).as_posix(), file_hash(file))))
+
+
+def prompts_in(folder: Path) -> Counter[Task]:
+    """How often a folder in the official layout has each prompt, with its requirements."""
+    return Counter({number: task for number, task, _, _ in image_files(folder)}.values())
 
 
 def _key(by: str, prompt: int, number: int, file: Path, task: Task) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdmd.evaluation.geneval import images_key
+from gdmd.evaluation.geneval import images_key, prompts_in
 from gdmd.evaluation.preference import GeneratedImages, PromptSet
 from gdmd.evaluation.scorers import Features
 from gdmd.evaluation.verdict import PER_IMAGE, per_image
@@ -107,26 +107,40 @@ def render_features(make: Features, prompt_set: PromptSet) -> Tensor:
 def geneval_scores(folders: Sequence[Path], log: Callable[[str], None]) -> list[Mapping[str, Any] | None]:
     """The GenEval scores stored next to the images of each folder, if any.
 
-    Scores of other images, or by another detector than those before, are ignored, as ``log`` says.
+    Scores of other images, or by another detector or of other prompts than those before, are ignored, as ``log`` says.
     """
     found: list[Mapping[str, Any] | None] = []
     first: tuple[Path, Any] | None = None
     for folder in folders:
         file = folder / GENEVAL
         stored = _stored_geneval(file) if file.is_file() else None
-        if stored is not None and stored["images"] != images_key(folder):
-            log(f"{file} holds scores of other images, so they are ignored; run gdmd eval geneval score again")
-            stored = None
-        if stored is not None and first is not None and (stored["by"] is None or stored["by"] != first[1]):
-            log(
-                f"{file} was scored by another detector, classifier or version of gdmd than {first[0]}, so it is ignored; "
-                "run gdmd eval geneval score again"
-            )
+        if stored is not None and (reason := _unusable(stored, folder, first)):
+            log(f"{file} {reason}")
             stored = None
         if stored is not None and first is None:
-            first = file, stored["by"]
+            first = folder, stored["by"]
         found.append(stored["scores"] if stored else None)
     return found
+
+
+def _unusable(stored: Mapping[str, Any], folder: Path, first: tuple[Path, Any] | None) -> str:
+    """Why the scores of a folder are ignored; "" if they are not. first: the folder before it, and its detector."""
+    if stored["images"] != images_key(folder):
+        return "holds scores of other images, so they are ignored; run gdmd eval geneval score again"
+    if first is None:
+        return ""
+    before, by = first
+    if stored["by"] is None or stored["by"] != by:
+        return (
+            f"was scored by another detector, classifier or version of gdmd than {before / GENEVAL}, so it is ignored; run "
+            "gdmd eval geneval score again"
+        )
+    if prompts_in(folder) != prompts_in(before):
+        return (
+            f"holds scores of other prompts than {before / GENEVAL}, so it is ignored; for a comparison generate and score "
+            "images of the same prompts"
+        )
+    return ""
 
 
 def _stored_geneval(file: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from gdmd.config.rewards import (
     DeviceOptions,
     FunctionConfig,
     GenEval2Config,
+    GenEvalConfig,
     OcrConfig,
     RealRewardConfig,
 )
@@ -34,6 +35,7 @@ from gdmd.rewards.callable import CallableReward, as_reward
 from gdmd.rewards.clip import CLIPScore
 from gdmd.rewards.composite import Composite, Part
 from gdmd.rewards.geneval.reward import GenEval
+from gdmd.rewards.geneval.rules import read_task
 from gdmd.rewards.geneval2 import GenEval2, read_questions
 from gdmd.rewards.hps import HPSv2
 from gdmd.rewards.hpsv3 import HPSv3
@@ -183,20 +185,35 @@ def without_stats(rewards: Sequence[Reward]) -> Iterator[None]:
 def check_prompts(
     specs: Sequence[RewardConfig], prompts: Iterable[str], rows: Sequence[Mapping[str, Any]] | None = None
 ) -> None:
-    """ValueError if OCR can score none of the prompts (no quoted text), or GenEval 2 not all (no questions).
+    """ValueError if OCR can score none of the prompts (no quoted text), or ``check_metadata`` rejects one.
 
     rows: the metadata of the prompts.
     """
-    parts = [part.reward for spec in specs if isinstance(spec, CompositeConfig) for part in spec.parts]
-    kinds, texts = {type(one) for one in [*specs, *parts]}, list(prompts)
-    if GenEval2Config in kinds:
-        for text, row in zip(texts, rows or [{}] * len(texts), strict=True):
-            read_questions(text, row)
+    kinds, texts = _kinds(specs), list(prompts)
+    check_metadata(specs, texts, rows)
     if OcrConfig in kinds and not any(normalized(requested_text(text)) for text in texts):
         raise ValueError(
             "reward ocr needs prompts that quote a text, and none of the prompts does; write prompts like "
             "'a sign that says \"OPEN\"', or use the shipped ones: prompts.file=text_rendering"
         )
+
+
+def check_metadata(
+    specs: Sequence[RewardConfig], prompts: Sequence[str], rows: Sequence[Mapping[str, Any]] | None = None
+) -> None:
+    """ValueError that names the first prompt without the metadata of GenEval, or without the questions of GenEval 2."""
+    kinds = _kinds(specs)
+    for text, row in zip(prompts, rows or [{}] * len(prompts), strict=True):
+        if GenEval2Config in kinds:
+            read_questions(text, row)
+        if GenEvalConfig in kinds:
+            read_task(row, f"reward geneval: prompt {text[:60]!r}")
+
+
+def _kinds(specs: Sequence[RewardConfig]) -> set[type]:
+    """The config classes of the rewards and of the parts of composites."""
+    parts = [part.reward for spec in specs if isinstance(spec, CompositeConfig) for part in spec.parts]
+    return {type(one) for one in [*specs, *parts]}
 
 
 def try_rewards(

@@ -219,6 +219,8 @@ def _bradley_terry(plan: Plan, question: Question, votes: Sequence[Vote], replic
     wins = stats.win_matrix(len(place), firsts, seconds, scores.tolist())
     if not stats.has_maximum(wins):
         why = "one model (or group of models) won or lost every vote against the rest, so its score has no bound"
+        if not stats.has_maximum(wins + wins.T):
+            why = "one model (or group of models) has no vote against the rest"
         return BradleyTerry(question, {}, {}, 0, 0, why)
     values = stats.bradley_terry(wins)
     prompts, raters = [vote.prompt for vote in votes], [vote.rater for vote in votes]

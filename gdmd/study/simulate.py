@@ -48,7 +48,8 @@ def rater_model_of(win_rate: float, tie_rate: float, left_bias: float, careless:
 class Recovery:
     """What the analysis found in many simulated studies, for the first model against the second, first question.
 
-    covered: share of studies whose interval contains the true value; found: share with sign test p < .05 on the true side.
+    covered: share of studies whose interval contains the true value; a clustered one needs votes of two raters on two
+    prompts, and studies without it do not count (NaN if none has it). found: share with sign test p < .05 on the true side.
     lost: studies without a decided vote of a rater who passed the checks; they enter no mean, and count as not found.
     """
 
@@ -90,7 +91,8 @@ def recovery(plan: Plan, rater_model: RaterModel, studies: int, seed: int = 0, r
     seen = (truth * (1 - rater_model.left_bias) * (1 - rater_model.tie_rate) + rater_model.left_bias / 2) / (
         (1 - rater_model.left_bias) * (1 - rater_model.tie_rate) + rater_model.left_bias
     )
-    rates, wilson, clustered, found = [], 0, 0, 0
+    rates, wilson, found = [], 0, 0
+    clustered: list[bool] = []
     with progress_bar(f"simulating {studies} studies", studies) as advance:
         for k in range(studies):
             first = _first_pair(plan, simulated_votes(plan, rater_model, seed + k), replicates, seed + k)
@@ -99,7 +101,8 @@ def recovery(plan: Plan, rater_model: RaterModel, studies: int, seed: int = 0, r
                 continue
             rates.append(first.win_rate)
             wilson += first.wilson[0] <= seen <= first.wilson[1]
-            clustered += first.clustered[0] <= score <= first.clustered[1]
+            if not math.isnan(first.clustered[0]):
+                clustered.append(first.clustered[0] <= score <= first.clustered[1])
             found += first.p < 0.05 and (first.win_rate > 0.5) == (truth > 0.5)
     if not (count := len(rates)):
         raise ValueError(
@@ -107,7 +110,8 @@ def recovery(plan: Plan, rater_model: RaterModel, studies: int, seed: int = 0, r
             "fewer ties or careless raters, or more raters"
         )
     mean = math.fsum(rates) / count
-    return Recovery(studies, seen, score, mean, wilson / count, clustered / count, found / studies, studies - count)
+    covered = sum(clustered) / len(clustered) if clustered else math.nan
+    return Recovery(studies, seen, score, mean, wilson / count, covered, found / studies, studies - count)
 
 
 def _first_pair(plan: Plan, votes: Sequence[Vote], replicates: int, seed: int) -> PairResult | None:

@@ -139,6 +139,18 @@ def test_scores_by_two_detectors_are_not_compared(tmp_path: Path) -> None:
     assert geneval_scores(folders, logged.append) == [first, None, first] and len(logged) == 1
 
 
+def test_scores_of_other_prompts_are_not_compared(tmp_path: Path) -> None:
+    """The folder of a subset would have another mean; the order of the prompts does not matter."""
+    folders = [tmp_path / name for name in ("all", "turned", "some")]
+    for folder, tasks in zip(folders, (TASKS, TASKS[::-1], TASKS[:2]), strict=True):
+        painted(folder, tasks)
+        score_folder(folder, OneDog(), AlwaysRed(), by="one")
+    logged: list[str] = []
+    whole, turned, some = geneval_scores(folders, logged.append)
+    assert whole is not None and turned is not None and some is None
+    assert len(logged) == 1 and "some/geneval.json holds scores of other prompts than" in logged[0]
+
+
 def test_images_of_another_source_or_seed_are_not_mixed(tmp_path: Path) -> None:
     assert painted(tmp_path, TASKS[:1], 1) == 1 and painted(tmp_path, images=2) == 6
     for source, seed, what in ((Painter("two"), 0, "weights"), (Painter(), 1, "seed")):

@@ -391,11 +391,10 @@ def test_images_of_several_sizes(gdmd: Gdmd) -> None:
     ("more", "message"),
     [
         (["a"], "a has no images of the prompt 'a red circle'; add them, or give the prompts"),
-        (
-            ["--features", "shapes", "--reference", "nowhere"],
-            "a distance needs a folder with two images or more, got 0",
-        ),
+        (["--features", "shapes", "--reference", "nowhere"], "needs a folder with two images or more, got 0"),
         (["--features", "shapes", "--reference", "a"], "0000.png is 8 x 6. ShapesEval, features shapes"),
+        (["--scorer", "geneval2"], "geneval2 needs questions with every prompt, but 'a red circle' has no list"),
+        (["--scorer", "geneval"], "reward geneval: prompt 'a red circle': not GenEval metadata ('tag' is missing)"),
     ],
 )
 def test_errors_before_the_first_image(gdmd: Gdmd, more: list[str], message: str) -> None:

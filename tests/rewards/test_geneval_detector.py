@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gdmd.config.rewards import CompositeConfig, GenEvalConfig
+from gdmd.recipes.build_rewards import check_prompts
 from gdmd.rewards.geneval import detector as geneval_detector
 from gdmd.rewards.geneval.colors import ColorClassifier, cut_out
 from gdmd.rewards.geneval.detector import CLASSES, Detector, prepared, read_instances
@@ -213,3 +215,14 @@ def test_reward_reads_the_metadata() -> None:
         reward.score(images, PromptBatch(index, ("a", "b", "c"), index, {}, {}))
     with pytest.raises(ValueError, match="prompt 1: not GenEval metadata"):
         reward.score(images, PromptBatch(index, ("a", "b", "c"), index, {}, {}, (task, {}, task)))
+
+
+def test_a_prompt_without_metadata_is_found_before_training() -> None:
+    """Its batch may come at the end of the run."""
+    task = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
+    alone, prompts = (GenEvalConfig(),), ("a photo of a dog", "a photo of a cat")
+    check_prompts(alone, prompts, (task, task))
+    part = (CompositeConfig.model_validate({"parts": [{"reward": {"kind": "geneval"}}]}),)
+    for specs, rows in ((alone, (task, {"prompt": "a photo of a cat"})), (part, None)):
+        with pytest.raises(ValueError, match="reward geneval: prompt 'a photo of a .*': not GenEval metadata"):
+            check_prompts(specs, prompts, rows)

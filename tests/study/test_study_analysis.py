@@ -134,6 +134,14 @@ def test_bradley_terry_scores_of_three_models() -> None:
     assert [(pair.first, pair.second) for pair in found.pairs] == [("ours", "b"), ("ours", "c"), ("b", "c")]
 
 
+def test_models_without_a_vote_against_the_rest_have_not_won_or_lost() -> None:
+    """The first votes of a study may leave out a model."""
+    plan = synthetic_plan(CFG.model_copy(update={"pairs_per_rater": 30}), ("ours", "b", "c"), 60)
+    votes = simulated_votes(plan, RaterModel(), 1)
+    found = analyze(plan, [vote for vote in votes if "c" not in (vote.first, vote.second)], replicates=200)
+    assert found.bradley_terry[0].why_not == "one model (or group of models) has no vote against the rest"
+
+
 @pytest.fixture
 def voted(tmp_path: Path) -> tuple[Path, Plan]:
     study, plan, _ = write_study(tmp_path, raters=4, pairs_per_rater=6)
@@ -251,6 +259,14 @@ def test_simulate_prints_what_the_numbers_can_find(capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert run("study", "simulate", "--win-rate", "1.5") == 2
     assert "win_rate" in capsys.readouterr().err
+
+
+def test_simulate_with_one_rater_has_no_clustered_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("study", "simulate", "--raters", "1", "--votes", "1", "--studies", "3")
+    assert run(*arguments, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["clustered_covered"] is None
+    assert run(*arguments) == 0
+    assert "contains the score  no interval" in capsys.readouterr().out
 
 
 def test_simulate_refuses_numbers_that_a_planned_study_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
