@@ -91,6 +91,7 @@ def export_run(
             "measured": measured_at(run, step) if measured else None,
             "license": _license(model, license),
             "samples": samples,
+            "dtype": content["dtype"],
         }
         where = repo_id or "THIS_FOLDER"
         text = model_card(cfg, family, arguments, facts, merged=whole, where=where, separate=separate, **found)
