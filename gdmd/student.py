@@ -58,7 +58,8 @@ def _of_run(run: Path, base: str | None, dtype: str | None, device: str) -> Diff
 
     cfg, _, weights = read_student(run, "last", base, "base=FOLDER")
     model: DiffusersModel = real_model(cfg, run).start
-    own = model.model_copy(update={"dtype": dtype or model.dtype, "quantization": "none"})
+    # an offloaded text encoder is on the CPU, where only gdmd's own calls look for it
+    own = model.model_copy(update={"dtype": dtype or model.dtype, "quantization": "none", "offload": "none"})
     family = open_family(own, device)
     check_fits(family, weights)
     pipe: DiffusionPipeline = student_pipeline(family, weights, cfg.method.student_steps, cfg.method.student_sampler)

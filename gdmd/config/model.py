@@ -184,7 +184,9 @@ class DiffusersModel(Config):
         "from its value with the VAE (RUN/scoring_decoder.json); at most one batch, 0 = no check.",
     )
     decode_tiled: bool = Field(
-        default=False, description="Decode in overlapping tiles of 512 pixels: less memory, but faint seams."
+        default=False,
+        description="Decode in overlapping tiles of 512 pixels (VAEs of Qwen-Image and Krea 2: 256): less memory, but faint "
+        "seams.",
     )
 
     _field: str = PrivateAttr(default="model.path")

@@ -13,6 +13,7 @@ from gdmd.config.model import DiffusersModel, LoraFile
 from gdmd.config.run import RunConfig
 from gdmd.config.shapes_pipeline import PREFIX, is_shapes_pipeline
 from gdmd.config.validation import split_size
+from gdmd.diffusion.device import DTYPES
 from gdmd.export.front_matter import base_id, front_matter
 from gdmd.export.pipeline import left_out
 from gdmd.models.families.base import Family
@@ -38,12 +39,14 @@ def model_card(
     samples: str | None = None,
     where: str = "THIS_FOLDER",
     separate: Sequence[LoraFile] = (),
+    dtype: str | None = None,
 ) -> str:
     """README.md: the Hub's metadata, example code, training, metrics, licenses, configuration.
 
     measured: the results of ``gdmd eval preference`` for this checkpoint; None = not evaluated. license: the license
     fields, if known. samples: an image file in the folder. where: the folder or hub id from which the code loads.
-    separate: LoRAs that the exported one needs and does not contain.
+    separate: LoRAs that the exported one needs and does not contain. dtype: the name of that in which the code loads the
+    pipeline; default: that of the training.
     """
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     rewards = [reward.label for reward in cfg.rewards] if cfg.method.rewarded else []
@@ -62,7 +65,7 @@ def model_card(
         (
             "## Use",
             "```python",
-            *_use(family, given, merged, where, separate, family.student_scheduler(cfg.method.student_sampler)),
+            *_use(family, given, merged, where, separate, cfg.method.student_sampler, dtype or family.cfg.dtype),
             "```",
             *_advice(where, cfg.method.student_sampler),
             *_several_ranks(family, merged, separate),
@@ -141,13 +144,18 @@ def _changes_text(family: Family, separate: Sequence[LoraFile]) -> bool:
 
 
 def _use(
-    family: Family, given: str, merged: bool, folder: str, separate: Sequence[LoraFile], scheduler: str
+    family: Family,
+    given: str,
+    merged: bool,
+    folder: str,
+    separate: Sequence[LoraFile],
+    sampler: StudentSampler,
+    dtype: str,
 ) -> Sequence[str]:
-    """Code that runs as it is printed: on a GPU in bf16, for a small Shapes pipeline on the CPU in fp32."""
+    """Code that runs as it is printed: on a GPU, for a small Shapes pipeline on the CPU."""
     path = family.cfg.path
     small, shipped = is_shapes_pipeline(path), path.startswith(PREFIX)
-    # without a dtype, text encoders would be loaded as stored (fp16) and networks in fp32
-    dtype, device = ("float32", "") if small else ("bfloat16", '.to("cuda")')
+    device = "" if small else '.to("cuda")'
     pinned = {"revision": family.cfg.revision, "variant": family.cfg.variant}
     options = "".join(f", {key}={value!r}" for key, value in pinned.items() if value is not None and not merged)
     options += "".join(f", {name}=None" for name in left_out(family))
@@ -171,13 +179,14 @@ def _use(
     )
     lora = (
         *fused,
-        f'pipe.scheduler = diffusers.{scheduler}.from_pretrained("{folder}", subfolder="scheduler")',
+        f'pipe.scheduler = diffusers.{family.student_scheduler(sampler)}.from_pretrained("{folder}", subfolder="scheduler")',
         f'pipe.{load}("{folder}", weight_name="{DIFFUSERS_FILE}"{only})',
     )
     return (
         *(["from importlib.resources import files", ""] if shipped and not merged else []),
         "import torch, diffusers",
-        f"pipe = diffusers.{family.pipeline}.from_pretrained({where}, dtype=torch.{dtype}{options}){device}",
+        # without a dtype, text encoders would be loaded as stored (fp16) and networks in fp32
+        f"pipe = diffusers.{family.pipeline}.from_pretrained({where}, dtype={DTYPES[dtype]}{options}){device}",
         *(() if merged else lora),
         f'image = pipe(prompt="{_example(family)}", {given}).images[0]',
     )

@@ -164,6 +164,7 @@ def adopt(pipe: Any, cfg: DiffusersModel, device: str = "cpu") -> Family:
             f"{cfg.dtype}; load the pipeline in fp32 or bf16, and set dtype to the same"
         )
     _freeze(pipe)
+    note_guidance(opened)
     pipe.set_progress_bar_config(disable=True)
     opened.place(device)
     return opened

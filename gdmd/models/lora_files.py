@@ -142,6 +142,46 @@ def lora_factors(pipe: Any, lora: LoraFile, *, unloaded: bool = False) -> Factor
     return found
 
 
+def check_stock_loading(pipe: Any, lora: LoraFile) -> None:
+    """ValueError for a LoRA that ``load_lora_weights`` alone does not load, or loads with other scales than we do.
+
+    Examples: PEFT's folders, and ComfyUI's keys of families for which diffusers does not convert them.
+    """
+    wanted = {name.replace(".text_model.", "."): pair for name, pair in lora_factors(pipe, lora).items()}
+    remedy = "Export without --no-loras, so that the exported LoRA contains it"
+    try:
+        with _translated(pipe, lora.path):
+            pipe.load_lora_weights(str(locate(lora.path, lora.revision)), adapter_name=ADAPTER)
+    except ValueError as error:
+        raise ValueError(f"{error} {remedy}") from error
+    found = {
+        f"{component}.{name}".replace(".text_model.", "."): module
+        for component in pipe._lora_loadable_modules
+        for name, module in _named_modules(getattr(pipe, component, None))
+        if ADAPTER in getattr(module, "lora_A", {})
+    }
+    wrong = sorted(wanted.keys() ^ found.keys())
+    wrong += [name for name in wanted.keys() & found.keys() if not _same_change(wanted[name], found[name], lora.weight)]
+    pipe.unload_lora_weights()
+    if wrong:
+        raise ValueError(
+            f"lora {lora.path!r}: the code of a model card could not load it: diffusers alone reads {len(wrong)} of its "
+            f"{len(wanted)} layers differently or not at all, such as {wrong[0]}. {remedy}"
+        )
+
+
+def _named_modules(net: Any) -> Iterator[tuple[str, Any]]:
+    return iter(net.named_modules() if isinstance(net, nn.Module) else ())
+
+
+def _same_change(pair: tuple[Tensor, Tensor], layer: Any, weight: float) -> bool:
+    """Whether the loaded adapter changes its layer as B A does, by the answer to one input."""
+    down, up = layer.lora_A[ADAPTER].weight.float().cpu(), layer.lora_B[ADAPTER].weight.float().cpu()
+    loaded = down, up * (layer.scaling[ADAPTER] * weight)
+    one, other = (up.flatten(1) @ down.flatten(1).sum(1) for down, up in (pair, loaded))
+    return bool((one - other).norm() <= 0.02 * one.norm())
+
+
 def of_text(factors: Factors) -> Factors:
     """The layers of the text encoders."""
     return {name: pair for name, pair in factors.items() if name.startswith(ENCODER)}

@@ -34,6 +34,11 @@ _BETAS = (
 _EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 FEW_STEPS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers used only to sample few-step models."""
+_PARTLY_NOISY = (
+    *("DDPMScheduler", "DDPMParallelScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
+    *("DPMSolverSDEScheduler", "SASolverScheduler"),
+)
+"""Schedulers that replace a part of the noise in every step, as SDXL-Turbo's."""
 
 _SPACED = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
 _SAMPLER = {
@@ -67,6 +72,14 @@ def kind_of(scheduler: Any) -> Kind:
     if name in _SOLVERS and (config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"):
         return "flow"
     return "vp" if name in _BETAS else "unknown"
+
+
+def sampler_of(scheduler: Any) -> StudentSampler | None:
+    """The student's sampler that steps as this scheduler does; None for one that replaces a part of the noise."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if name in FEW_STEPS or config.get("stochastic_sampling"):
+        return "renoise"
+    return None if name in _PARTLY_NOISY or str(config.get("algorithm_type")).startswith("sde") else "ode"
 
 
 KINDS: Mapping[Kind, str] = {

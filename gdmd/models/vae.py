@@ -35,7 +35,8 @@ class VaeCodec:
     decode: D(z / scaling + shift), rescaled from [-1, 1]; encode: (mean of q(z | image) - shift) scaling. With
     latents_mean and latents_std in the VAE's config: D(z std / scaling + mean), and its inverse.
     ``chunk`` images per call. The VAE computes in its own dtype, regardless of autocast. ``tiled``: in overlapping
-    tiles of TILE pixels, which are recomputed in a backward pass, so that one tile is in memory at a time.
+    tiles of TILE pixels, which are recomputed in a backward pass, so that one tile is in memory at a time. Video and deep
+    VAEs have their own tiles, which are not recomputed.
     """
 
     def __init__(self, vae: Any, chunk: int = 1, *, tiled: bool = False) -> None:

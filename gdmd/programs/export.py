@@ -23,6 +23,7 @@ from gdmd.export.pipeline import call_arguments, left_out, save_merged, student_
 from gdmd.io import RunError, read_json, typed, write_atomic, writing
 from gdmd.models.families.base import Family
 from gdmd.models.loading import open_family
+from gdmd.models.lora_files import check_stock_loading
 from gdmd.models.lora_location import DIFFUSERS_FILE
 from gdmd.programs.decoder_check import read_gaps
 from gdmd.recipes.contents import checkpoint_content, pipeline_content
@@ -53,7 +54,8 @@ def export_run(
 
     ``which``: the checkpoint: best, last or a step; a sharded one is joined. ``base``: the new location of the base
     model, or with model.student of that. ``dtype``: of a merged pipeline; default: the run's. ``loras``: the exported
-    LoRA contains the run's own (model.teacher_loras, model.student_lora), so that it is for the published pipeline.
+    LoRA contains the run's own (model.teacher_loras, model.student_lora), so that it is for the published pipeline;
+    else ValueError for one that diffusers alone does not load.
     ``license``: default: that of the base model's card. ``repo_id``: the hub id from which the card's code loads the
     student.
 
@@ -71,6 +73,8 @@ def export_run(
     original = model.model_copy(update={"quantization": "none"})  # the student is merged into the base's own weights
     family = open_family(original, extras=whole)
     check_fits(family, weights)
+    for one in separate:
+        check_stock_loading(family.pipe, one)
     arguments = call_arguments(family, cfg.method.student_steps)
     measured = averaged or not cfg.loop.ema  # samples and scores of a run are those of its EMA weights
     facts = read_facts(run) | {"step": step, "scoring": read_gaps(run), TRAINED_BEFORE: trained_before(cfg, run)}
@@ -91,6 +95,7 @@ def export_run(
             "measured": measured_at(run, step) if measured else None,
             "license": _license(model, license),
             "samples": samples,
+            "dtype": content["dtype"],
         }
         where = repo_id or "THIS_FOLDER"
         text = model_card(cfg, family, arguments, facts, merged=whole, where=where, separate=separate, **found)

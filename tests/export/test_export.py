@@ -159,7 +159,19 @@ def test_card_pins_revision_and_variant(folders: Path) -> None:
         roles.family.cfg = roles.family.cfg.model_copy(update=pinned)
         cfg = RunConfig(name="x", model=roles.family.cfg, loop={}, rewards=[{"kind": "clip"}])
         card = model_card(cfg, roles.family, call_arguments(roles.family, UNIFORM), {}, merged=False)
-        assert f'StableDiffusionPipeline.from_pretrained("{folders / "sd15"}", dtype=torch.bfloat16{wanted}' in card
+        assert f'StableDiffusionPipeline.from_pretrained("{folders / "sd15"}", dtype=torch.float32{wanted}' in card
+
+
+@pytest.mark.parametrize(("trained", "given", "wanted"), [("bf16", "fp32", "float32"), ("bf16", None, "bfloat16")])
+def test_cards_code_keeps_the_precision_of_the_export(
+    folders: Path, trained: str, given: str | None, wanted: str
+) -> None:
+    """Loaded in bf16, a pipeline that was merged in fp32 loses the small changes that fp32 keeps."""
+    family = student_of(folders, "sd15").family
+    family.cfg = family.cfg.model_copy(update={"dtype": trained})
+    cfg = RunConfig(name="x", model=family.cfg, loop={}, rewards=[{"kind": "clip"}])
+    card = model_card(cfg, family, call_arguments(family, UNIFORM), {}, merged=True, dtype=given)
+    assert f'from_pretrained("THIS_FOLDER", dtype=torch.{wanted}).to("cuda")' in card
 
 
 def test_cards_command_and_base_model(folders: Path) -> None:

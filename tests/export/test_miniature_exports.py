@@ -115,6 +115,17 @@ def test_load_student(trained: Trained, where: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("trained", ["sdxl"], indirect=True)
+def test_student_of_an_offloaded_run_is_on_its_device(trained: Trained, tmp_path: Path) -> None:
+    """The stock call does not know that a text encoder is on the CPU."""
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    file = run / "config.yaml"
+    assert "\n  offload: none\n" in file.read_text()
+    file.write_text(file.read_text().replace("\n  offload: none\n", "\n  offload: base\n"))
+    parts = [part for part in load_student(run).components.values() if isinstance(part, torch.nn.Module)]
+    assert len(parts) == 4 and not any(one._forward_pre_hooks for part in parts for one in part.modules())
+
+
+@pytest.mark.parametrize("trained", ["sdxl"], indirect=True)
 def test_student_on_the_hub(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ from stock_pipelines import shared
 
 from gdmd.config.image_source import read_source
 from gdmd.config.run import RunConfig
-from gdmd.models.loading import encoder_identity, open_family
+from gdmd.models.loading import adopt, encoder_identity, open_family
 from gdmd.models.student_start import open_start
 from gdmd.models.tokens import readers_of
 from gdmd.programs.train import prepare
@@ -109,8 +109,10 @@ def test_max_tokens_without_effect(folders: Path, caplog: pytest.LogCaptureFixtu
 def test_embedded_guidance_without_effect(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("sdxl", "flux"):
         open_family(tiny.config(tiny.saved(folders, name), embedded_guidance=7.0))
-    (said,) = [one for one in caplog.messages if "embedded_guidance" in one]
-    assert "model.embedded_guidance = 7 has no effect: this StableDiffusionXLPipeline has no guidance embedding" in said
+        adopt(open_family(tiny.config(folders / name)).pipe, tiny.config(folders / name, embedded_guidance=7.0))
+    said = [one for one in caplog.messages if "embedded_guidance" in one]
+    wanted = "model.embedded_guidance = 7 has no effect: this StableDiffusionXLPipeline has no guidance embedding"
+    assert len(said) == 2 and all(wanted in one for one in said), "from its folder, and as an open pipeline"
 
 
 def test_t5_without_effect(folders: Path, caplog: pytest.LogCaptureFixture) -> None:

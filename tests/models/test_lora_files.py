@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gdmd.config.image_source import read_source
-from gdmd.models.lora_files import ADAPTER, add_lora
+from gdmd.config.model import LoraFile
+from gdmd.models.lora_files import ADAPTER, add_lora, check_stock_loading
+from gdmd.models.lora_keys import denoiser_name
 
 Deltas = dict[str, Tensor]
 Tensors = tuple[dict[str, Tensor], Deltas]
@@ -184,6 +186,28 @@ def test_peft_folder_equals_peft(
         pipe = built(name)
         add_lora(pipe, str(given), 1.0)
         assert expected and same(changes(pipe), expected)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_what_the_stock_call_does_not_load(built: Callable[[str], Any], tmp_path: Path, name: str) -> None:
+    """We read PEFT's folders and ComfyUI's keys in every family; the code of a card has only ``load_lora_weights``."""
+    peft_folder(built(name), tmp_path / "adapter", ("to_q", "to_k"), lora_alpha=3)
+    pipe = built(name)
+    tensors, _ = peft_keys(pipe, ("to_q",))
+    component = denoiser_name(pipe)
+    own = {key: value for key, value in tensors.items() if key.startswith(component)}
+    save_file(own, tmp_path / "own.safetensors")
+    check_stock_loading(pipe, LoraFile(path=str(tmp_path / "own.safetensors"), weight=0.7))
+    assert not any("lora_" in key for key in getattr(pipe, component).state_dict()), "it is not kept"
+    files = {"adapter": "such as .*to_[kq]"}
+    if name == "sd3":
+        comfy = {key.replace(component, "diffusion_model", 1): value for key, value in own.items()}
+        save_file(comfy, tmp_path / "comfy.safetensors")
+        save_file(own | {"transformer_blocks.0.attn.to_q.alpha": torch.ones(())}, tmp_path / "alpha.safetensors")
+        files |= {"comfy.safetensors": "such as .*to_q", "alpha.safetensors": "cannot be loaded into"}
+    for file, said in files.items():
+        with pytest.raises(ValueError, match=f"{file}.*{said}.*Export without --no-loras"):
+            check_stock_loading(built(name), LoraFile(path=str(tmp_path / file)))
 
 
 FORMS: Mapping[str, Callable[[str, str], str]] = {

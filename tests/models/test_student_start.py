@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines as tiny
+from diffusers import EulerAncestralDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from gdmd.config.methods.base import DistillationConfig
@@ -24,7 +25,9 @@ from gdmd.methods.dmd import Dmd
 from gdmd.models.loading import open_family
 from gdmd.models.roles import DiffusersRoles
 from gdmd.models.student_start import compare_samplers, open_start
+from gdmd.models.timesteps import uniform_times
 from gdmd.recipes.build import build
+from gdmd.types import StudentSampler
 
 UNIFORM = (1.0, 0.75, 0.5, 0.25)
 
@@ -83,6 +86,51 @@ def test_note_about_the_sampler_of_a_pipeline_that_renoises(tmp_path: Path, capl
     assert not caplog.text
     compare_samplers(start, UNIFORM, "ode")
     assert "adds new noise" in caplog.text and "method.student_sampler=renoise keeps" in caplog.text
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("sampler", ["ode", "renoise"])
+def test_note_about_a_sampler_that_replaces_a_part_of_the_noise(
+    steps: int, sampler: StudentSampler, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SDXL-Turbo's scheduler: no student sampler is like it, but in one step they are all the same."""
+    tiny.save("sdxl", tmp_path)
+    changed(tmp_path, timestep_spacing="trailing")
+    start = open_family(tiny.config(tmp_path, student=str(tmp_path)).start)
+    start.pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(start.pipe.scheduler.config)
+    compare_samplers(start, uniform_times(steps), sampler)
+    assert ("EulerAncestralDiscreteScheduler, which replaces a part of the noise" in caplog.text) == (steps > 1)
+    assert "keeps them" not in caplog.text and "are its times" not in caplog.text
+
+
+def test_vae_config_of_an_old_file(tmp_path: Path) -> None:
+    """That of the first SD 1.5 has no scaling_factor: it is the default of the class."""
+    for folder in ("base", "turbo"):
+        tiny.save("sd15", tmp_path / folder)
+    file = tmp_path / "turbo" / "vae" / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("scaling_factor") == 0.18215
+    file.write_text(json.dumps(config))
+    family = open_family(tiny.config(tmp_path / "base", student=str(tmp_path / "turbo")))
+    assert open_start(family).net is not family.net
+
+
+@pytest.mark.parametrize("change", ["rounded", "trained", "damaged"])
+def test_note_about_other_text_encoders(change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All roles read the teacher's embeddings, and the exported pipeline its own; the precision of a file is no change."""
+    for folder in ("base", "turbo"):
+        tiny.save("sdxl", tmp_path / folder)
+    (file,) = (tmp_path / "turbo" / "text_encoder_2").glob("*.safetensors")
+    weights, generator = load_file(file), torch.Generator().manual_seed(0)
+    if change == "damaged":
+        file.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    elif change == "rounded":
+        save_file({key: value.half() for key, value in weights.items()}, file, metadata={"format": "pt"})
+    else:
+        noise = {key: torch.randn(value.shape, generator=generator) for key, value in weights.items()}
+        save_file({k: v + 1e-4 * noise[k] for k, v in weights.items()}, file, metadata={"format": "pt"})
+    open_start(open_family(tiny.config(tmp_path / "base", student=str(tmp_path / "turbo"))))
+    assert ("turbo' has other weights in text_encoder_2 than the teacher" in caplog.text) == (change == "trained")
 
 
 def test_fake_score_of_a_student_with_another_output(tmp_path: Path) -> None:
