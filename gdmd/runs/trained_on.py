@@ -28,29 +28,31 @@ def trained_before(cfg: RunConfig, run: Path) -> tuple[str, ...]:
     if TRAINED_BEFORE in facts:
         return tuple(facts[TRAINED_BEFORE])
     try:
-        return _rewards_before(cfg)
+        return _rewards_before(cfg.loop.start_from, cfg.model)
     except (ValueError, RunError):
         return ()
 
 
-def note_start(run: Run) -> None:
+def note_start(run: Run, start_from: str) -> None:
     """Record in run.json the rewards that trained the student which the run starts from."""
-    cfg = RunConfig.model_validate(run.config)
-    found = _rewards_before(cfg)
-    if found or cfg.loop.start_from:
+    model: Mapping[str, Any] = run.config.get("model", {})
+    found = _rewards_before(
+        start_from, DiffusersModel.model_validate(model) if model.get("kind") == "diffusers" else None
+    )
+    if found or start_from:
         write_facts(run.path, read_facts(run.path) | {TRAINED_BEFORE: list(found)})
 
 
-def _rewards_before(cfg: RunConfig) -> tuple[str, ...]:
-    started = rewards_of_start(cfg.loop.start_from) if cfg.loop.start_from else ()
-    return tuple(dict.fromkeys((*started, *_rewards_of_exports(cfg))))
+def _rewards_before(start_from: str, model: Any) -> tuple[str, ...]:
+    started = rewards_of_start(start_from) if start_from else ()
+    return tuple(dict.fromkeys((*started, *_rewards_of_exports(model))))
 
 
-def _rewards_of_exports(cfg: RunConfig) -> tuple[str, ...]:
+def _rewards_of_exports(model: Any) -> tuple[str, ...]:
     """Labels of the rewards of the exports on this disk that are the student's base model or LoRAs."""
-    if not isinstance(cfg.model, DiffusersModel):
+    if not isinstance(model, DiffusersModel):
         return ()
-    base = cfg.model.start
+    base = model.start
     places = (Path(base.path), *(Path(lora.path) for lora in base.teacher_loras))
     files = ((place.parent if place.is_file() else place) / EXPORT_FILE for place in places)
     found = (read_json(file, "Export the run again.").get("rewards", ()) for file in files if file.is_file())

@@ -403,7 +403,7 @@ class _Trainer:
                 f"{self.run.checkpoints} holds no checkpoint: the run starts over, without its {logged} logged rows"
             )
         if not saved:
-            note_start(self.run)
+            note_start(self.run, self.cfg.start_from)
         self.run.rewind(saved.step if saved else -1)
         rows = read_metrics(self.run.path)
         self.best.resume(rows if self.best.metric else ())

@@ -66,7 +66,7 @@ def test_rewards_of_an_export_count_as_trained(tmp_path: Path, monkeypatch: pyte
     cfg = read_recipe("sdxl_gdmd", ["model.path=/models/sdxl", start, "rewards=[{kind: hps}]"])
     run = create(Path("run"), cfg.model_dump(mode="json"))
     assert trained_on(cfg, run.path) == ("hps", "pickscore")
-    note_start(run)
+    note_start(run, cfg.loop.start_from)
     (folder / EXPORT_FILE).unlink()
     assert trained_on(cfg, run.path) == ("hps", "pickscore")
     other = read_recipe("sdxl_gdmd", ["model.path=/models/sdxl", "rewards=[{kind: hps}]"])
