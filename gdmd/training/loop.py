@@ -24,6 +24,7 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.io import typed, writing
 from gdmd.runs import checkpoint
 from gdmd.runs.best_checkpoint import BestCheckpointTracker
+from gdmd.runs.inputs import last_change
 from gdmd.runs.process import stop_signals
 from gdmd.runs.run_folder import Run, read_metrics
 from gdmd.runs.trained_on import note_start
@@ -406,7 +407,7 @@ class _Trainer:
             note_start(self.run, self.cfg.start_from)
         self.run.rewind(saved.step if saved else -1)
         rows = read_metrics(self.run.path)
-        self.best.resume(rows if self.best.metric else ())
+        self.best.resume(rows if self.best.metric else (), last_change(self.run.path))
         return self.rewards.state_of(rows)
 
     # ---------------------------------------------------------------- details
