@@ -109,7 +109,7 @@ class LoopConfig(Config):
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "swanlab"], ...] = Field(
         ("tensorboard",),
         description="Experiment trackers that get the rows of metrics.jsonl and the validation images; all but TensorBoard "
-        "need pip install -e '.[NAME]'. [] = none.",
+        "need pip install -e '.[NAME]'. [] or none: no tracker.",
     )
     push_checkpoints: str = Field(
         "",
@@ -148,7 +148,8 @@ class LoopConfig(Config):
     @field_validator("report_to", mode="before")
     @classmethod
     def _one_tracker(cls, given: Any) -> Any:
-        return [given] if isinstance(given, str) else given
+        listed = [given] if isinstance(given, str) else given
+        return [] if listed in (["none"], ("none",)) else listed  # as transformers and TRL write it
 
     @model_validator(mode="before")
     @classmethod

@@ -37,8 +37,8 @@ class ValidationConfig(Config):
 
     prompts: tuple[str, ...] | str | None = Field(
         default=None,
-        description="List of prompts, or a file or shipped set as in prompts.file. Default: captions of all tasks (Shapes "
-        "world), or the shipped set validation of eight prompts.",
+        description="List of prompts, or a file or shipped set as in prompts.file; prompts.column counts for the same file. "
+        "Default: captions of all tasks (Shapes world), or the shipped set validation of eight prompts.",
     )
     every: NonNegativeCount = Field(
         default=100,

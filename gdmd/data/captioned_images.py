@@ -209,11 +209,13 @@ def _archive(path: Path) -> Iterator[Captioned | Unusable]:
 
 
 def _entry(path: Path, key: str, parts: Mapping[str, bytes]) -> Iterator[Captioned | Unusable]:
-    """One image, or nothing for an entry without an image."""
+    """One image, or nothing for an entry without an image. Without an x.jpg, an x.1.jpg is a name that cannot be read."""
     ending = next((ending for ending in ENDINGS if ending in parts), None)
     if ending is None:
+        lost = (kind for kind in parts if kind.rpartition(".")[2] in ENDINGS)
+        yield from (Unusable(_shown(path, key, kind), "has another dot in its name; rename it") for kind in lost)
         return
-    name = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", f"{path.name}/{key[:200]}.{ending}")
+    name = _shown(path, key, ending)
     caption = next((kind for kind in TEXTS if kind in parts), None)
     if caption is None:
         yield Unusable(name, "has no caption (.txt, .caption or .json)")
@@ -221,3 +223,7 @@ def _entry(path: Path, key: str, parts: Mapping[str, bytes]) -> Iterator[Caption
         yield Unusable(name, f"has more than {MAX_IMAGE_BYTES} bytes of image, or {MAX_MEMBER_BYTES} of caption")
     else:
         yield _captioned_or_unusable(name, parts[caption], caption, parts[ending])
+
+
+def _shown(path: Path, key: str, ending: str) -> str:
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", f"{path.name}/{key[:200]}.{ending[:200]}")

@@ -460,7 +460,7 @@ def _archive(path: Path, column: str | None) -> PromptFile:
     for member in members(path, "prompt file", dict.fromkeys(TEXTS, MAX_MEMBER_BYTES)):
         where = f"member {member.name!r}"
         texts = entries.setdefault(member.entry, {})
-        if member.size > MAX_MEMBER_BYTES:
+        if member.size > MAX_MEMBER_BYTES and not member.lost:
             raise ValueError(f"prompt file {path}, {where}: {member.size} bytes; at most {MAX_MEMBER_BYTES}")
         if member.kind in texts:
             raise ValueError(f"prompt file {path}, {where}: appears twice; every entry needs its own name")
@@ -474,8 +474,11 @@ def _archive(path: Path, column: str | None) -> PromptFile:
 
 
 def _entry(path: Path, name: str, texts: Mapping[str, str], column: str | None) -> Prompt:
-    kind = next(kind for kind in TEXTS if kind in texts)
+    kind = "json" if column is not None else next((kind for kind in TEXTS if kind in texts), "txt")
     where = f"member {name}.{kind}"
+    if kind not in texts:
+        advice = "the name of an entry ends at its first dot: rename it" if column is None else "leave the column out"
+        raise ValueError(f"{_label(path)}, {where}: is missing, there is only .{', .'.join(texts)}; {advice}")
     if kind == "json":
         return _objects(_label(path), [(where, _json(path, where, texts[kind]))], column).prompts[0]
     text = _checked(_label(path), where, texts[kind])

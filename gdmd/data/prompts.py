@@ -53,10 +53,14 @@ def prompts_from(dataset: Any) -> PromptFile:
             f"train_dataset: got a {kind}, whose order changes between processes, and a run draws its prompts by index to "
             "be resumable; give sorted(...) of it"
         )
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__iter__"):
+    if not hasattr(dataset, "__len__"):
         raise ValueError(
             f"train_dataset: got {kind}, which has no length, and a run draws its prompts by index to be resumable; "
             "give list(...) of it, or load the dataset without streaming"
+        )
+    if not hasattr(dataset, "__iter__"):  # such as a torch.utils.data.Dataset
+        raise ValueError(
+            f"train_dataset: got {kind}, which cannot be iterated; give [dataset[k] for k in range(len(dataset))]"
         )
     return prompts_in_rows("train_dataset", list(dataset))
 

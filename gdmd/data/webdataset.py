@@ -20,7 +20,7 @@ _BLOCK, _CHUNK = 512, 1 << 20
 class Member:
     """A file in a tar. entry: its name up to the first dot; kind: the rest, in lower case.
 
-    size: bytes; content: the first ``limit`` + 1 of them.
+    size: bytes; content: the first ``limit`` + 1 of them, none of a file with a ``lost`` name.
     """
 
     name: str
@@ -29,10 +29,16 @@ class Member:
     size: int
     content: bytes
 
+    @property
+    def lost(self) -> bool:
+        """Whether its name has another dot before the ending: 1.5.jpg has the kind 5.jpg, and belongs to entry 1."""
+        return "." in self.kind
+
 
 def members(path: Path, what: str, limits: Mapping[str, int]) -> Iterator[Member]:
-    """The regular files of the kinds in ``limits`` (bytes to read of each); others, folders and links are skipped.
+    """The regular files of the kinds in ``limits`` (bytes to read of each), also with a ``lost`` name.
 
+    Others, folders and links are skipped.
     ValueError that starts with ``what`` and the path for a file that is not a complete tar.
     """
     try:
@@ -42,9 +48,11 @@ def members(path: Path, what: str, limits: Mapping[str, int]) -> Iterator[Member
                     raise ValueError(f"{what} {path}: more than {MAX_MEMBERS} members; split it")
                 name = PurePosixPath(info.name)
                 stem, _, kind = name.name.partition(".")
-                if info.isreg() and kind.lower() in limits:
-                    content = _read(archive, info, limits[kind.lower()] + 1)
-                    yield Member(info.name[:100], str(name.parent / stem), kind.lower(), info.size, content)
+                kind = kind.lower()
+                lost = stem and kind.rpartition(".")[2] in limits  # not a hidden file, such as ._a.jpg of macOS
+                if info.isreg() and (kind in limits or lost):
+                    content = _read(archive, info, limits[kind] + 1) if kind in limits else b""
+                    yield Member(info.name[:100], str(name.parent / stem), kind, info.size, content)
             _check_end(path, archive.offset)
     except OSError as error:
         raise ValueError(f"{what} {path}: cannot be read ({error.strerror or error}); check the path") from error

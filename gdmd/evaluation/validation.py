@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gdmd.config.run import RunConfig
 from gdmd.config.validation import DIVERSITY, PREFIX, TEACHER, at_size
+from gdmd.data.prompt_files import NAME_IT, RENAME_IT
 from gdmd.data.prompts import read_prompts
 from gdmd.diffusion.generate import Sampler, images_of
 from gdmd.evaluation.scorers import features_by
@@ -46,7 +47,8 @@ def grid_captions() -> tuple[str, ...]:
 def validation_prompts(cfg: RunConfig) -> tuple[tuple[str, ...], Meta]:
     """The prompts and, if they come from a file that has it, their metadata; none without validation.
 
-    ValueError for a malformed file, and in the Shapes world for a prompt outside its grammar.
+    If their file is that of the training prompts, prompts.column counts for both. ValueError for a malformed file, and
+    in the Shapes world for a prompt outside its grammar.
     """
     given = cfg.validation.prompts
     if not cfg.validation.every:
@@ -57,7 +59,11 @@ def validation_prompts(cfg: RunConfig) -> tuple[tuple[str, ...], Meta]:
         texts: tuple[str, ...] = given
         meta: Meta = ()
     else:
-        found = read_prompts(given or "validation")
+        column = cfg.prompts.column if given is not None and given == cfg.prompts.file else None
+        try:
+            found = read_prompts(given or "validation", column)
+        except ValueError as error:
+            raise ValueError(f"validation.prompts: {str(error).replace(NAME_IT, RENAME_IT)}") from error
         texts, meta = found.texts, found.meta or ()
     if cfg.shapes_world:
         for text in texts:

@@ -39,8 +39,8 @@ class BestCheckpointTracker:
     """Scores checkpoints by the mean of one metric over the last ``window`` steps, so one lucky batch does not decide.
 
     Validation scores have fixed prompts and noise, so only that of the checkpoint's own step counts; checkpoints that
-    are not validated have none. A resumed run may have other prompts: the row of their first step has scores of the
-    teacher, and earlier scores are not comparable.
+    are not validated have none. A resumed run may have other validation prompts: the row of their first step has scores of
+    the teacher, and earlier scores are not comparable; nor is any metric from before an input changed, such as a reward.
     """
 
     def __init__(self, metric: str, direction: Direction, window: int) -> None:
@@ -48,13 +48,15 @@ class BestCheckpointTracker:
         self.window = 1 if metric.startswith(PREFIX) else window
         self._rows: deque[tuple[int, float]] = deque()
         self._keys: tuple[str, ...] = ()
-        self._since = 0  # the first step with the validation prompts of now
+        self._since = 0  # the first step with the inputs and validation prompts of now
 
-    def resume(self, rows: Iterable[Mapping[str, float]]) -> None:
-        """Start from the rows that a resumed run has logged."""
+    def resume(self, rows: Iterable[Mapping[str, float]], changed: int = -1) -> None:
+        """Start from the rows that a resumed run has logged; those up to step ``changed`` had other inputs."""
         self._rows.clear()
+        self._since = changed + 1
         for row in rows:
-            self.add(int(row["step"]), row)
+            if row["step"] > changed:
+                self.add(int(row["step"]), row)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Add a logged row."""

@@ -110,6 +110,11 @@ def record(run: Run, inputs: Mapping[str, Input], accepted: list[Change], step: 
         write_facts(run.path, updated)
 
 
+def last_change(run: Path) -> int:
+    """The number of finished steps at the last change that was accepted; -1 without one."""
+    return max((int(one["step"]) for one in read_facts(run).get(CHANGES, ())), default=-1)
+
+
 def change_lines(facts: Mapping[str, Any]) -> list[str]:
     """The accepted changes of a run for a report or card, in order."""
     return [

@@ -8,6 +8,7 @@ exits is found by the timeouts of torch's process groups; restarts are torchrun'
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -276,9 +277,15 @@ SINGLE_PROCESS = DistributedContext()
 """A run of one process."""
 
 
+_sessions = itertools.count()
+
+
 @contextmanager
 def session() -> Iterator[DistributedContext]:
-    """The context of this process: alone, or joined with the others that torchrun (or SLURM) has started."""
+    """The context of this process: alone, or joined with the others that torchrun (or SLURM) has started.
+
+    A script may train several times: every rank opens the same sessions in the same order.
+    """
     place = rank_info()
     if place.size == 1:
         yield DistributedContext(place)
@@ -295,7 +302,8 @@ def session() -> Iterator[DistributedContext]:
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")  # written to /tmp/nccl_trace_rank_N
     timeout = timedelta(seconds=STARTUP_TIMEOUT)
     shared, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=timeout))
-    store = dist.PrefixStore(f"attempt/{restart_count()}", shared)  # else a restart finds addresses of the last attempt
+    own = f"attempt/{restart_count()}/session/{next(_sessions)}"  # else it finds addresses of an earlier one
+    store = dist.PrefixStore(own, shared)
     dist.init_process_group(
         backend, store=store, timeout=timeout, device_id=device, rank=place.rank, world_size=place.size
     )

@@ -24,6 +24,7 @@ from gdmd.diffusion.rng import SampleRng
 from gdmd.io import typed, writing
 from gdmd.runs import checkpoint
 from gdmd.runs.best_checkpoint import BestCheckpointTracker
+from gdmd.runs.inputs import last_change
 from gdmd.runs.process import stop_signals
 from gdmd.runs.run_folder import Run, read_metrics
 from gdmd.training.callbacks import CallbackError, TrainerCallback, TrainerState, call
@@ -403,7 +404,7 @@ class _Trainer:
             )
         self.run.rewind(saved.step if saved else -1)
         rows = read_metrics(self.run.path)
-        self.best.resume(rows if self.best.metric else ())
+        self.best.resume(rows if self.best.metric else (), last_change(self.run.path))
         return self.rewards.state_of(rows)
 
     # ---------------------------------------------------------------- details

@@ -60,6 +60,15 @@ def test_images_without_captions_are_reported(tmp_path: Path) -> None:
     assert "t.tar/x/b.png" in str(first) and "no caption" in str(first) and "empty" in str(second)
 
 
+def test_images_in_a_tar_whose_name_has_another_dot_are_reported(tmp_path: Path) -> None:
+    """Their entry, up to the first dot, has no image of its own; x.mask.png next to x.png is not an image to train on."""
+    lost = [("a.1.5.png", png(1)), ("a.1.5.txt", b"one"), ("._a.png", b"")]
+    (tmp_path / "t.tar").write_bytes(tar([*lost, ("x.png", png(2)), ("x.mask.png", png(3)), ("x.txt", b"two")]))
+    first, second = found(tmp_path / "t.tar")
+    assert first == Unusable("t.tar/a.1.5.png", "has another dot in its name; rename it")
+    assert isinstance(second, Captioned) and second.caption == "two"
+
+
 def test_file_outside_the_folder(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(png(1))
     (tmp_path / "d").mkdir()

@@ -183,6 +183,23 @@ def test_columns_and_metadata(tmp_path: Path) -> None:
         read_prompts(tmp_path / "p.txt", "text")
 
 
+def test_the_column_of_a_tar_is_a_key_of_its_json(tmp_path: Path) -> None:
+    path = tmp_path / "p.tar"
+    path.write_bytes(tar([("0.txt", b"a ring"), ("0.json", b'{"long": "a red ring"}'), ("0.big.json", b" " * 2**21)]))
+    assert read_prompts(path, "long").texts == ("a red ring",)
+    assert read_prompts(path).texts == ("a ring",)
+    path.write_bytes(tar([("0.txt", b"a ring"), ("0.caption", b"two")]))
+    with pytest.raises(
+        ValueError, match="member 0.json: is missing, there is only .txt, .caption; leave the column out"
+    ):
+        read_prompts(path, "long")
+
+
+def test_an_entry_of_a_tar_whose_name_has_another_dot_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "p.tar").write_bytes(tar([("0.txt", b"a ring"), ("photo 1.5.txt", b"a cross")]))
+    assert "member photo 1.txt: is missing, there is only .5.txt; the name of an entry" in error(tmp_path / "p.tar")
+
+
 def test_teacher_prompts(tmp_path: Path) -> None:
     """Every format with columns can have them; the prompts themselves may be read from that column, too."""
     rows = [{"prompt": "a ring", "teacher_prompt": "a red ring"}, {"prompt": "a cross", "teacher_prompt": ""}]

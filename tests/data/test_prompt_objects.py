@@ -34,6 +34,16 @@ class IterableDataset:
         return iter([{"prompt": "a"}])
 
 
+class IndexedDataset:
+    """As users of torch write one."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, k: int) -> dict[str, str]:
+        return {"prompt": "a"}
+
+
 class DataFrame:
     """The part of ``pandas.DataFrame`` that is used."""
 
@@ -118,6 +128,7 @@ def test_strings_files_and_tables(tmp_path: Path) -> None:
         (["a", {"prompt": "b"}], 'train_dataset, index 0: expected {"prompt": "..."}, got "a"'),
         (iter(["a"]), "got list_iterator, which has no length.*give list"),
         (IterableDataset(), "got IterableDataset, which has no length.*without streaming"),
+        (IndexedDataset(), "got IndexedDataset, which cannot be iterated; give .*for k in range"),
         ({"train": Dataset(ROWS)}, "got a dict with the keys 'train'; give one split"),
         ("gone.txt", "prompt file gone.txt: cannot be read"),
         (3, "got int, which has no length"),

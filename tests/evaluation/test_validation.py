@@ -194,6 +194,20 @@ def test_mistakes_in_the_recipe(override: str, message: str) -> None:
     assert message in str(refused.value)
 
 
+def test_the_column_of_the_training_prompts(tmp_path: Path) -> None:
+    """Without it, the images of another column would be drawn and scored; it cannot be named for another file."""
+    for name, header in (("p.csv", "prompt,long"), ("q.csv", "short,long")):
+        (tmp_path / name).write_text(f"{header}\na cat,a cat on a mat\n")
+    given = ["prompts.column=long", "validation.every=1"]
+    same, other = (
+        read_recipe("sdxl_gdmd", [*given, f"prompts.file={tmp_path}/{one}", f"validation.prompts={tmp_path}/q.csv"])
+        for one in ("q.csv", "p.csv")
+    )
+    assert validation_prompts(same)[0] == ("a cat on a mat",)
+    with pytest.raises(ValueError, match='validation.prompts: .*q.csv.*its columns are .*rename it to "prompt"'):
+        validation_prompts(other)
+
+
 def test_default_prompts_and_scorers() -> None:
     """Shapes: captions of every task and the held-out scorer. Other models: the shipped prompts, and no scorer."""
     shapes, real = read_recipe("shapes"), read_recipe("sdxl_gdmd", ["model.path=org/sdxl", "prompts.file=mine.txt"])

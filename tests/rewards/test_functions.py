@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from tiny_rewards import prompt_batch, random_images
+from tiny_roles import ToyCodec
 from torch import Tensor, nn
 
 from gdmd.config.rewards import CallableConfig, FunctionConfig
+from gdmd.methods.scorer import Scorer
 from gdmd.recipes.build_rewards import build_rewards, reward_specs, try_rewards
 from gdmd.recipes.inputs import inputs_of
 from gdmd.recipes.read import read_recipe
@@ -249,6 +251,19 @@ def test_the_trial_finds_silent_mistakes() -> None:
         tried(through_an_array)
     with pytest.raises(ValueError, match=f"{HERE}:.*carry no gradient"):
         tried(without_images, differentiable=True)
+
+
+def test_a_function_with_a_gradient_may_score_nothing() -> None:
+    """In a micro-batch of one image, a sample without a score is all that the function returns."""
+
+    def of_a(images: Any, prompts: Any) -> list[Any]:
+        return [image.mean() if prompt == "a" else None for image, prompt in zip(images, prompts, strict=True)]
+
+    reward = CallableReward(of_a, differentiable=True)
+    try_rewards([reward], (8, 8), "b", None, "cpu")
+    scores, gradient, _ = Scorer(ToyCodec(), [reward], 1).gradient(IMAGES, PROMPTS, lambda raw: raw.nan_to_num().sum(0))
+    assert scores[0] > 0 and scores[1] == 0
+    assert gradient[0].gt(0).all() and gradient[1].eq(0).all()
 
 
 def test_the_trial_reports_missing_and_random_scores(caplog: pytest.LogCaptureFixture) -> None:

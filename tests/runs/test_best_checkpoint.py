@@ -12,6 +12,8 @@ import torch
 from gdmd.io import RunError
 from gdmd.runs import checkpoint
 from gdmd.runs.best_checkpoint import Best, BestCheckpointTracker, named_best
+from gdmd.runs.inputs import CHANGES, last_change
+from gdmd.runs.run_folder import write_facts
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -143,3 +145,18 @@ def test_best_of_earlier_validation_prompts_is_replaced(tmp_path: Path) -> None:
         again.add(step, {key: value})
         checkpoint.save(tmp_path, step, {}, {}, 0, again.score(step))
         assert checkpoint.chosen_path(tmp_path, "best").name == f"step_{best:06d}"
+
+
+def test_best_of_another_reward_is_replaced(tmp_path: Path) -> None:
+    """A changed reward was accepted at step 10: neither the best score so far nor the rows of the window count."""
+    save(tmp_path, (10, 9.0))
+    write_facts(tmp_path, {CHANGES: [{"step": 5}, {"step": 10}]})
+    tracker = BestCheckpointTracker("reward", "max", 10)
+    tracker.resume([{"step": 5, "reward": 9.0}, {"step": 10, "reward": 9.0}], last_change(tmp_path))
+    assert tracker.score(10) is None
+    tracker.add(15, {"reward": 0.1})
+    found = tracker.score(15)
+    assert found == Best(15, "reward", "max", 0.1, since=11) and found.improves_on(named_best(tmp_path))
+    tracker.add(20, {"reward": 0.05})
+    later = tracker.score(20)
+    assert later is not None and not later.improves_on(found)

@@ -226,3 +226,21 @@ def test_examples_for_several_machines(
         for missing in given:
             with pytest.raises(ValueError, match=missing):
                 example(script, "sdxl_gdmd", **{name: value for name, value in given.items() if name != missing})
+
+
+def test_a_script_may_train_several_times(tmp_path: Path) -> None:
+    """Ranks found the addresses of the session before: the second training failed to connect, or never began."""
+    script = tmp_path / "several.py"
+    script.write_text(
+        """
+from gdmd.training.distributed import session
+for number in range(4):
+    with session() as context:
+        assert context.all_gather_object((number, context.rank)) == [(number, 0), (number, 1)]
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr

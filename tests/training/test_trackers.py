@@ -20,6 +20,7 @@ from PIL import Image
 from toy_training import Toy, toy_config
 
 from gdmd.config.load import ConfigError
+from gdmd.config.training import LoopConfig
 from gdmd.programs import train as programs
 from gdmd.recipes.read import read_recipe
 from gdmd.runs.inputs import CHANGES
@@ -366,3 +367,9 @@ def test_config_takes_one_name_or_a_list() -> None:
     )
     with pytest.raises(ConfigError, match="report_to"):
         read_recipe("shapes_smoke", ["loop.report_to=comet"])
+
+
+@pytest.mark.parametrize("given", ["none", ["none"], []], ids=str)
+def test_no_tracker(given: Any) -> None:
+    """transformers and TRL write "none"."""
+    assert LoopConfig(report_to=given).report_to == ()
