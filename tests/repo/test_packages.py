@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tarfile
 import tomllib
 from pathlib import Path
 from zipfile import ZipFile
@@ -67,8 +66,7 @@ def test_installed_wheel_works(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
-    with tarfile.open(build(ROOT, tmp_path / "sdist", "sdist")) as archive:
-        archive.extractall(tmp_path, filter="data")
+    run("tar", "-xf", build(ROOT, tmp_path / "sdist", "sdist"), folder=tmp_path)  # tarfile's filters need Python 3.11.4
     again = build(tmp_path / f"gdmd-{__version__}", tmp_path / "again", "wheel")
     assert contents(again) == contents(wheel)
 

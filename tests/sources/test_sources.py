@@ -170,7 +170,7 @@ def test_export_without_t5(folders: Path, tmp_path: Path) -> None:
     run = RunSource(SourceInfo("sd3", "run", "run"), components, student_row(cfg, components))
     assert close(pixels(source, CAPTIONS), pixels(run, CAPTIONS))
     card = model_card(cfg, components.roles.family, {}, {}, merged=False)
-    assert "dtype=torch.bfloat16, text_encoder_3=None, tokenizer_3=None)" in card
+    assert "dtype=torch.float32, text_encoder_3=None, tokenizer_3=None)" in card
 
 
 def test_pipeline_with_lora_scheduler_and_guidance(folders: Path, tmp_path: Path) -> None:
