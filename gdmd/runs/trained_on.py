@@ -10,6 +10,7 @@ from gdmd.config.describe import trained_rewards
 from gdmd.config.model import DiffusersModel
 from gdmd.config.run import RunConfig
 from gdmd.io import RunError, read_json
+from gdmd.runs.checkpoint import steps
 from gdmd.runs.run_folder import TRAINED_BEFORE, open_run, read_facts, write_facts
 from gdmd.runs.student_file import EXPORT_FILE, read_student_file, student_file
 
@@ -34,12 +35,15 @@ def trained_before(cfg: RunConfig, run: Path) -> tuple[str, ...]:
 
 
 def note_start(cfg: RunConfig, run: Path) -> None:
-    """Record in run.json, once, the rewards that trained the student which the run starts from."""
+    """Record in run.json the rewards that trained the student which the run starts from.
+
+    Once the run has a checkpoint, the record stays: its student no longer comes from what is at the start now.
+    """
     facts = read_facts(run)
-    if TRAINED_BEFORE in facts:
+    if TRAINED_BEFORE in facts and steps(run / "checkpoints"):
         return
     found = _rewards_before(cfg)
-    if found or cfg.loop.start_from:
+    if found or cfg.loop.start_from or TRAINED_BEFORE in facts:
         write_facts(run, facts | {TRAINED_BEFORE: list(found)})
 
 

@@ -61,7 +61,7 @@ def test_images_without_captions_are_reported(tmp_path: Path) -> None:
 
 
 def test_images_in_a_tar_whose_name_has_another_dot_are_reported(tmp_path: Path) -> None:
-    """Their entry, up to the first dot, has no image of its own; x.mask.png next to x.png is not an image to train on."""
+    """Their entry, up to the first dot, has no image; x.mask.png next to x.png is not an image to train on."""
     lost = [("a.1.5.png", png(1)), ("a.1.5.txt", b"one"), ("._a.png", b"")]
     (tmp_path / "t.tar").write_bytes(tar([*lost, ("x.png", png(2)), ("x.mask.png", png(3)), ("x.txt", b"two")]))
     first, second = found(tmp_path / "t.tar")

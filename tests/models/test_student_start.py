@@ -117,7 +117,7 @@ def test_vae_config_of_an_old_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["rounded", "trained", "damaged"])
 def test_note_about_other_text_encoders(change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """All roles read the teacher's embeddings, and the exported pipeline its own; the precision of a file is no change."""
+    """All roles read the teacher's embeddings, and the exported pipeline its own; a file's precision does not matter."""
     for folder in ("base", "turbo"):
         tiny.save("sdxl", tmp_path / folder)
     (file,) = (tmp_path / "turbo" / "text_encoder_2").glob("*.safetensors")

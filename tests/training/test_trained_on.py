@@ -67,8 +67,15 @@ def test_rewards_of_an_export_count_as_trained(tmp_path: Path, monkeypatch: pyte
     run = create(Path("run"), cfg.model_dump(mode="json"))
     assert trained_on(cfg, run.path) == ("hps", "pickscore")
     note_start(cfg, run.path)
+    (folder / EXPORT_FILE).write_text(json.dumps({"rewards": ["clip"]}))
+    note_start(cfg, run.path)  # the run has no checkpoint yet, so it starts from the new export
+    assert trained_on(cfg, run.path) == ("hps", "clip")
+    (run.checkpoints / "step_000001").mkdir(parents=True)
+    (folder / EXPORT_FILE).write_text(json.dumps({"rewards": ["pickscore"]}))
+    note_start(cfg, run.path)
+    assert trained_on(cfg, run.path) == ("hps", "clip")
     (folder / EXPORT_FILE).unlink()
-    assert trained_on(cfg, run.path) == ("hps", "pickscore")
+    assert trained_on(cfg, run.path) == ("hps", "clip")
     other = read_recipe("sdxl_gdmd", ["model.path=/models/sdxl", "rewards=[{kind: hps}]"])
     assert trained_on(other, tmp_path) == ("hps",)
 
